@@ -1,0 +1,22 @@
+"""Networks: no probability, any number of leading dimensions."""
+
+from .conv_decoder import ConvDecoder
+from .conv_encoder import ConvEncoder
+from .coupling import CouplingNet
+from .encoder import LOG_VAR_RANGE, Encoder
+from .gated import GatedLinear
+from .mlp import MLP
+from .mlp_decoder import MLPDecoder
+from .mlp_encoder import MLPEncoder
+
+__all__ = [
+    "LOG_VAR_RANGE",
+    "MLP",
+    "ConvDecoder",
+    "ConvEncoder",
+    "CouplingNet",
+    "Encoder",
+    "GatedLinear",
+    "MLPDecoder",
+    "MLPEncoder",
+]

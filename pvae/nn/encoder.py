@@ -1,0 +1,75 @@
+"""What every encoder is: features of x, then a location and a scale of z."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pvae.ops import soft_clamp
+
+from .leading import check_size, check_sizes
+
+__all__ = ["LOG_VAR_RANGE", "Encoder"]
+
+#: Range of the log-variances that :meth:`Encoder.heads` returns, approached smoothly: standard deviations
+#: between 0.0009 and 20 in the units of z.
+LOG_VAR_RANGE = (-14.0, 6.0)
+
+
+class Encoder(nn.Module, ABC):
+    r"""Base class of encoders: ``forward = heads(features(x))``.
+
+    A subclass defines :meth:`features`. Its layers must let the reverse mode through a forward-mode
+    derivative (a guide may need both), which LayerNorm, BatchNorm in training mode and InstanceNorm
+    get wrong without an error; GroupNorm is right.
+
+    Args:
+        x_shape: Shape of one datum.
+        z_dim: Size of z.
+        h_dim: Size of the features.
+
+    Attributes:
+        x_shape: Shape of one datum.
+        z_dim: Size of z.
+        h_dim: Size of the features.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is not positive.
+    """
+
+    def __init__(self, x_shape: Sequence[int], z_dim: int, h_dim: int) -> None:
+        super().__init__()
+        self.x_shape = check_sizes("x_shape", x_shape)
+        self.z_dim = check_size("z_dim", z_dim)
+        self.h_dim = check_size("h_dim", h_dim)
+        # Both heads in one matrix: rows [0, z_dim) give the location, the others the log-variance.
+        self.head = nn.Linear(self.h_dim, 2 * self.z_dim)
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """Map ``x`` ``(*batch, *x_shape)`` to features ``(*batch, h_dim)``."""
+
+    def heads(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map features to the location and scale of z.
+
+        The scale is :math:`e^{v / 2}`, the log-variance :math:`v` kept smoothly within
+        :data:`LOG_VAR_RANGE`.
+
+        Args:
+            h: Features, shape ``(*batch, h_dim)``.
+
+        Returns:
+            ``loc`` and ``scale``, each ``(*batch, z_dim)``.
+        """
+        loc, log_var = self.head(h).chunk(2, dim=-1)
+        return loc, torch.exp(0.5 * soft_clamp(log_var, *LOG_VAR_RANGE))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x`` ``(*batch, *x_shape)`` to ``loc`` and ``scale``, each ``(*batch, z_dim)``.
+
+        Raises:
+            ValueError: If the rightmost dimensions of ``x`` are not ``x_shape``.
+        """
+        return self.heads(self.features(x))
