@@ -1,0 +1,90 @@
+"""What synthetic sets share: parts of given sizes, and the log-density of Gaussians on many centres."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._request import Request
+from ._seeds import derive_seed
+from .errors import DataError
+
+__all__ = ["Draw", "draw_parts", "isotropic_log_density", "positive"]
+
+Draw = Callable[[np.random.Generator, int], tuple[NDArray[np.float64], NDArray[np.int64] | None]]
+
+# Rows times centres held at once while a density is computed.
+_BUDGET = 4_000_000
+
+
+def draw_parts(
+    request: Request, draw: Draw, *, num_train: int, num_test: int, num_valid: int = 2_000
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Draw each part from a stream of its own, so that its size does not change the others.
+
+    Values are rounded to multiples of 2^-20, far below any noise here and far above the last digits in which
+    sines and exponentials differ between machines: the data, and so their digest, are the same everywhere.
+
+    Args:
+        request: What is asked for.
+        draw: Draws ``n`` data, ``(n, D)``, and their labels ``(n,)`` or ``None``.
+        num_train: Size of the training part.
+        num_test: Size of the test part.
+        num_valid: Size of the validation part when none is asked for.
+    """
+    sizes = {
+        "train": num_train,
+        "valid": num_valid if request.valid is None else request.valid,
+        "test": num_test,
+    }
+    for part, size in sizes.items():
+        if size < (0 if part == "valid" else 1):
+            raise DataError(f"{'valid' if part == 'valid' else f'num_{part}'} must be positive, got {size}")
+    parts: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for part, size in sizes.items():
+        if size > 0:
+            x, y = draw(np.random.default_rng(derive_seed(request.name, request.seed, part)), size)
+            rounded = torch.from_numpy(np.round(x * 2.0**20) / 2.0**20).to(torch.float32)
+            parts[part] = (rounded, None if y is None else torch.from_numpy(y.astype(np.int64)))
+    return parts
+
+
+def positive(**values: float) -> None:
+    """Refuse values that are not positive, by their names."""
+    for name, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise DataError(f"{name} must be positive, got {value}")
+
+
+def isotropic_log_density(x: Tensor, centres: Tensor, log_weights: Tensor, std: float) -> Tensor:
+    r"""Return :math:`\log \sum_k w_k \mathcal N(x; c_k, \sigma^2 I)` in nats.
+
+    Args:
+        x: Points, shape ``(*batch, D)``.
+        centres: Centres, shape ``(K, D)``.
+        log_weights: Logarithms of the weights, shape ``(K,)``.
+        std: Standard deviation of every component.
+
+    Returns:
+        Shape ``(*batch,)``, in the type and on the device of ``x``.
+
+    Raises:
+        ValueError: If the last dimension of ``x`` is not ``D``.
+    """
+    if x.shape[-1:] != centres.shape[-1:]:
+        raise ValueError(f"x must have shape (*batch, {centres.shape[-1]}), got {tuple(x.shape)}")
+    centres, log_weights = centres.to(x), log_weights.to(x)
+    rows = x.reshape(-1, x.shape[-1])
+    values = []
+    for chunk in rows.split(max(1, _BUDGET // len(centres))):
+        # Differences, not the expanded square: the latter loses the digits of points near a centre. One axis
+        # at a time: a last dimension of two is slow to sum over.
+        squares = chunk.new_zeros(())
+        for axis, centre in zip(chunk.T, centres.T, strict=True):
+            squares = squares + (axis.unsqueeze(-1) - centre).square()
+        values.append(torch.logsumexp(log_weights - squares / (2 * std**2), -1))
+    constant = x.shape[-1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
+    return torch.cat(values).reshape(x.shape[:-1]) - constant if values else x.new_zeros(x.shape[:-1])
