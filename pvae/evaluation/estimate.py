@@ -1,0 +1,119 @@
+"""A held-out log-likelihood that carries its own evidence."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .pareto import khat_threshold
+
+__all__ = ["LikelihoodEstimate"]
+
+
+@dataclass(frozen=True)
+class LikelihoodEstimate:
+    r"""Importance-weighted lower bounds on log p(x), one per datum, in nats.
+
+    ``log_prob`` is a lower bound in expectation for every number of particles and tends to log p(x) as it
+    grows (Burda et al. 2016, arXiv:1509.00519v4, theorem 1). Its Monte-Carlo error is finite only where
+    the weights' tail is light: ``pareto_k`` below :attr:`khat_threshold`.
+
+    Attributes:
+        log_prob: The bounds, shape ``(N,)``, double precision.
+        elbo_values: Evidence lower bounds from the same draws, shape ``(N,)``.
+        pareto_k: Tail index of each datum's weights, shape ``(N,)``; see :func:`pvae.evaluation.pareto_khat`.
+        ess: Effective sample size of each datum's weights, shape ``(N,)``, between 1 and ``num_particles``.
+        particle_error: Standard error of each ``log_prob`` from the finite number of particles, ``(N,)``.
+        num_particles: Particles per datum.
+        seed: Seed of the draws.
+        protocol: What was scored (data set, split, binarisation, hash), if known.
+    """
+
+    log_prob: Tensor
+    elbo_values: Tensor
+    pareto_k: Tensor
+    ess: Tensor
+    particle_error: Tensor
+    num_particles: int
+    seed: int
+    protocol: dict[str, Any] | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean bound in nats per datum."""
+        return float(self.log_prob.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the mean over data, nats; NaN for a single datum."""
+        n = len(self.log_prob)
+        return float(self.log_prob.std() / math.sqrt(n)) if n > 1 else math.nan
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard error of the mean from the finite number of particles, nats (delta method)."""
+        return float(self.particle_error.square().sum().sqrt() / len(self.particle_error))
+
+    @property
+    def elbo(self) -> float:
+        """Mean evidence lower bound in nats per datum, from the same draws."""
+        return float(self.elbo_values.mean())
+
+    @property
+    def khat_threshold(self) -> float:
+        """Largest k-hat that is reliable with this number of particles."""
+        return khat_threshold(self.num_particles)
+
+    @property
+    def khat_share(self) -> float:
+        """Share of data whose k-hat is above the threshold; NaN where no k-hat could be had."""
+        known = self.pareto_k[~self.pareto_k.isnan()]
+        return float((known > self.khat_threshold).double().mean()) if len(known) else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists that JSON can hold (no k-hat is ``None``)."""
+        return {
+            "log_likelihood": self.mean,
+            "standard_error": _finite(self.standard_error),
+            "monte_carlo_error": self.monte_carlo_error,
+            "elbo": self.elbo,
+            "khat_threshold": self.khat_threshold,
+            "khat_share": _finite(self.khat_share),
+            "num_data": len(self.log_prob),
+            "num_particles": self.num_particles,
+            "seed": self.seed,
+            "protocol": self.protocol,
+            "per_datum": {
+                "log_prob": self.log_prob.tolist(),
+                "elbo": self.elbo_values.tolist(),
+                "pareto_k": [_finite(k) for k in self.pareto_k.tolist()],
+                "ess": self.ess.tolist(),
+                "particle_error": self.particle_error.tolist(),
+            },
+        }
+
+    def __str__(self) -> str:
+        parts = [
+            f"log p(x) >= {self.mean:.2f} ± {self.standard_error:.2f} nats"
+            f" (IWAE-{self.num_particles} on {len(self.log_prob)} data, Monte-Carlo error"
+            f" {self.monte_carlo_error:.3f}; ELBO {self.elbo:.2f})",
+            self._khat_sentence(),
+        ]
+        if self.protocol is not None:
+            name, digest = self.protocol.get("name", "?"), self.protocol.get("hash", "?")
+            parts.append(f"protocol {name} {digest}")
+        return "; ".join(parts)
+
+    def _khat_sentence(self) -> str:
+        share = self.khat_share
+        if math.isnan(share):
+            return "k-hat needs 25 particles or more"
+        sentence = f"k-hat > {self.khat_threshold:.2f} for {100 * share:.1f} %"
+        if share > 0.05:
+            sentence += " (the estimate is low there: more particles or a wider guide)"
+        return sentence
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,18 @@
+"""Training: objectives, the loop, schedules and checkpoints."""
+
+from .checkpoint import CheckpointError, load_parameters
+from .fit import Run, fit
+from .objective import ELBO
+from .program import registered
+from .trainer import NonFiniteLoss, Trainer
+
+__all__ = [
+    "ELBO",
+    "CheckpointError",
+    "NonFiniteLoss",
+    "Run",
+    "Trainer",
+    "fit",
+    "load_parameters",
+    "registered",
+]
