@@ -1,7 +1,8 @@
 """Training: objectives, the loop, schedules and checkpoints."""
 
 from .checkpoint import CheckpointError, load_parameters
-from .fit import Run, fit
+from .fit import fit
+from .loop import Run
 from .objective import ELBO
 from .program import registered
 from .trainer import NonFiniteLoss, Trainer
