@@ -186,7 +186,7 @@ def _log_weights(
         shape = (chunk.stop - chunk.start, size)
         with SiteRecorder(part) as p, particle_plate(shape[0]):
             model(x) if y is None else model(x, y)
-        latents = {name for name, site in p.sites.items() if not site.observed}
+        latents = {name for name, site in p.sites.items() if not (site.observed or site.is_factor)}
         if latents != set(part):
             raise ValueError(f"model and guide must have the same latents, got {latents} and {set(part)}")
         for site in p.sites.values():
