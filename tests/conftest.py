@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread per test process, a clean param store and seeds, double precision on request."""
+"""Shared fixtures: one thread for each process, a clean param store, seeds, double precision on request."""
 
 from collections.abc import Iterator
 

@@ -1,0 +1,367 @@
+"""The command ``pvae``."""
+
+import functools
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import torch
+import typer
+
+import pvae
+from pvae.data import Data, DataError, MissingData, names
+from pvae.inference import NonFiniteLoss
+from pvae.inference.checkpoint import CheckpointError, exists
+
+from .program import SpecError
+from .registry import PARTS, TABLES
+from .runs import RunError, RunFolder, open_run
+from .spec import load_spec, recipes
+
+__all__ = ["app", "main"]
+
+_BAD_INPUT, _FAILURE, _INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="pvae",
+    help="Variational autoencoders as Pyro programs, with likelihoods that can be trusted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_P = ParamSpec("_P")
+
+_Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, a TOML file, or a run folder.")]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="Changes, such as fit.epochs=5.")
+]
+_RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+_DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data files (default $PVAE_DATA).")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+
+
+def _fail(code: int, sentence: object) -> NoReturn:
+    typer.echo(f"pvae: {sentence}", err=True)
+    raise typer.Exit(code)
+
+
+def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Turn what a user can put right into one sentence and an exit code; anything else is a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (SpecError, DataError, RunError) as error:
+            _fail(_BAD_INPUT, error)
+        except (NonFiniteLoss, CheckpointError, OSError) as error:
+            _fail(_FAILURE, error)
+        except KeyboardInterrupt:
+            _fail(_INTERRUPTED, "interrupted")
+
+    return run
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        others = f"torch {torch.__version__}, pyro {metadata.version('pyro-ppl')}"
+        typer.echo(f"pvae {pvae.__version__} ({others}, python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Variational autoencoders as Pyro programs, with likelihoods that can be trusted."""
+
+
+@app.command(name="list")
+@_guarded
+def list_(
+    as_json: _Json = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the parts as a Markdown table.")
+    ] = False,
+) -> None:
+    """List recipes, data sets, and the parts that a spec may name."""
+    if markdown:
+        from .components import to_markdown
+
+        typer.echo(to_markdown())
+        return
+    found = {name: load_spec(name).description for name in recipes()}
+    parts = {table: {kind: part.about for kind, part in kinds.items()} for table, kinds in PARTS.items()}
+    if as_json:
+        typer.echo(json.dumps({"recipes": found, "data": names(), "parts": parts}))
+        return
+    _section("recipes  (pvae train RECIPE)", found)
+    _section("data  ([data] name)", names())
+    for table, kinds in parts.items():
+        mark = {TABLES[table]: " (default)"}
+        _section(
+            f"{table}  ([{table}] kind)", {kind: about + mark.get(kind, "") for kind, about in kinds.items()}
+        )
+
+
+@app.command()
+@_guarded
+def train(
+    recipe: _Recipe,
+    overrides: _Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default runs/RECIPE-SEED).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete the run in the folder first.")] = False,
+    device: _Device = "auto",
+    seed: Annotated[int | None, typer.Option(help="Seed of the run; short for fit.seed=N.")] = None,
+    data_root: _DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing data files.")] = False,
+    threads: _Threads = None,
+    as_json: _Json = False,
+) -> None:
+    """Train a recipe, draw its figures, and print its held-out log-likelihood."""
+    if resume and force:
+        raise SpecError("--resume goes on with a run and --force deletes it: give one of the two")
+    place = _place(device, threads)
+    changes = [*(overrides or []), *([] if seed is None else [f"fit.seed={seed}"])]
+    spec = load_spec(recipe, changes)
+    if out is None:
+        is_run = Path(recipe).is_dir() and recipe not in recipes()
+        out = Path(recipe) if is_run else Path("runs") / f"{Path(recipe).stem}-{spec.seed}"
+    from .jobs import train as run_training
+
+    try:
+        trained = run_training(
+            spec,
+            out,
+            resume=resume,
+            force=force,
+            device=place,
+            root=data_root,
+            download=download,
+            progress=False if as_json else None,
+        )
+    except KeyboardInterrupt:
+        _fail(_INTERRUPTED, _how_to_resume(out, device, data_root))
+    estimate = trained.estimate
+    if as_json:
+        _print_json(
+            run=str(out),
+            stopped=trained.run.stopped,
+            steps=trained.run.steps,
+            seconds=trained.run.seconds,
+            last=trained.run.history[-1] if trained.run.history else None,
+            figures=[str(path) for path in trained.pictures],
+            notes=trained.notes,
+            evaluation=None if estimate is None else _without_data(estimate.to_dict()),
+        )
+        return
+    typer.echo(
+        f"run       {out}: {trained.run.steps} steps in {trained.run.seconds:.1f} s, {trained.run.stopped}"
+    )
+    for path in trained.pictures:
+        typer.echo(f"figure    {path}")
+    for note in trained.notes:
+        typer.echo(f"note      {note}")
+    if estimate is not None:
+        typer.echo(f"{spec.evaluate.split:<9} {estimate}")
+
+
+@app.command()
+@_guarded
+def evaluate(
+    run: _RunPath,
+    num_particles: Annotated[
+        int | None, typer.Option(min=1, help="Importance samples for each datum.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="train, valid or test.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many data, evenly spread.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Data per pass of the decoder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the importance samples.")] = None,
+    device: _Device = "auto",
+    data_root: _DataRoot = None,
+    threads: _Threads = None,
+    as_json: _Json = False,
+) -> None:
+    """Estimate the held-out log-likelihood of a run; what is not given is as in its [evaluate]."""
+    place = _place(device, threads)
+    asked = {"num_particles": num_particles, "split": split, "limit": limit, "seed": seed}
+    changes = [f"evaluate.{key}={value}" for key, value in asked.items() if value is not None]
+    from .jobs import evaluate as run_evaluation
+
+    opened = open_run(run, root=data_root, device=place)
+    status = opened.folder.read_manifest().get("status")
+    if status not in ("finished", "early"):
+        typer.echo(f"pvae: the training of {run} is {status}: this is its last checkpoint", err=True)
+    settings = load_spec(run, changes).evaluate
+    estimate = run_evaluation(opened, settings, batch_size=batch_size, progress=False if as_json else None)
+    if as_json:
+        _print_json(run=str(run), split=settings.split, **_without_data(estimate.to_dict()))
+    else:
+        typer.echo(f"{settings.split:<9} {estimate}")
+
+
+@app.command()
+@_guarded
+def sample(
+    run: _RunPath,
+    num: Annotated[int, typer.Option(min=1, help="Number of draws.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="PNG file (default RUN/figures/samples.png).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    device: _Device = "auto",
+    data_root: _DataRoot = None,
+    as_json: _Json = False,
+) -> None:
+    """Draw from the model of a run and write them as one picture."""
+    place = _place(device, None)
+    from .jobs import sample as run_sampling
+
+    path = run_sampling(open_run(run, root=data_root, device=place), num, out, seed)
+    if as_json:
+        _print_json(run=str(run), num=num, seed=seed, figure=str(path))
+    else:
+        typer.echo(str(path))
+
+
+@app.command()
+@_guarded
+def explain(
+    recipe: _Recipe, overrides: _Overrides = None, data_root: _DataRoot = None, as_json: _Json = False
+) -> None:
+    """Print the joint density, the guide and the objective of a recipe or run in symbols."""
+    spec = load_spec(recipe, overrides or [])
+    from .explain import explain as explained
+    from .explain import num_parameters
+
+    data: Data | None = None
+    try:
+        data = spec.load_data(data_root)
+    except MissingData as error:
+        typer.echo(f"pvae: without its data a spec is explained without sizes: {error}", err=True)
+    program = None if data is None else spec.build(data)
+    text = explained(spec, data, program)
+    if as_json:
+        counts = None if program is None else num_parameters(program)
+        _print_json(text=text, parameters=counts, spec=spec.model_dump())
+    else:
+        typer.echo(text)
+
+
+@app.command()
+@_guarded
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    as_json: _Json = False,
+) -> None:
+    """Print the estimates of several runs: seeds share a row, protocols never share a table."""
+    from .compare import compare as compared
+    from .compare import to_markdown
+
+    tables = compared(runs)
+    if as_json:
+        _print_json(**{protocol: [asdict(row) for row in rows] for protocol, rows in tables.items()})
+        return
+    for protocol, rows in tables.items():
+        typer.echo(f"{protocol}\n\n{to_markdown(rows)}\n")
+
+
+@app.command()
+@_guarded
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Benchmarks; all if none.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are printed.")] = 11,
+    engine: Annotated[list[str] | None, typer.Option(help="eager, graph; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Time our training step and evaluation against hand-written PyTorch."""
+    _place(device, None)
+    from .bench import format_table, run_bench
+
+    rows = run_bench(
+        device=device,
+        rounds=rounds,
+        names=tuple(names) if names else None,
+        engines=tuple(engine or ("eager", "graph")),
+        threads=threads,
+        out=out,
+    )
+    if as_json:
+        _print_json(rows=rows)
+    else:
+        typer.echo(format_table(rows))
+
+
+def _place(device: str, threads: int | None) -> torch.device:
+    """Check the device and set the number of threads."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError):
+        raise SpecError(f"--device must name a device of this machine, such as cpu, got '{device}'") from None
+    return place
+
+
+def _how_to_resume(out: Path, device: str, data_root: Path | None) -> str:
+    """Say what is left of an interrupted run, and the command that goes on with it."""
+    if not RunFolder(out).spec.is_file():
+        return "interrupted before training began"
+    command = ["pvae", "train", str(out), "--resume"]
+    command += [] if device == "auto" else ["--device", device]
+    command += [] if data_root is None else ["--data-root", str(data_root)]
+    kept = "the last checkpoint is kept" if exists(out) else "before the first checkpoint"
+    return f"interrupted, {kept}: go on with  {shlex.join(command)}"
+
+
+def _without_data(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "per_datum"}
+
+
+def _print_json(**record: Any) -> None:
+    typer.echo(json.dumps(record))
+
+
+def _section(title: str, rows: dict[str, str] | list[str]) -> None:
+    """Print names, with what they are where that is known."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"))
+    table = Table.grid(padding=(0, 2))
+    if isinstance(rows, dict):
+        table.add_column(no_wrap=True)
+        for name, about in rows.items():
+            table.add_row(Text(name, style="cyan"), Text(about))
+    else:
+        table.add_row(Text(", ".join(rows), style="cyan"))
+    console.print(Padding(table, (0, 0, 1, 2)))

@@ -1,0 +1,137 @@
+# ruff: noqa: RUF001  (mathematical symbols)
+"""A spec in symbols: the joint density, the guide and the objective, with the size of every part."""
+
+from typing import Any
+
+from pvae.data import Data
+
+from .notes import notes
+from .program import Program
+from .spec import Spec
+
+__all__ = ["explain", "num_parameters", "objective"]
+
+# Tables in the order in which a paper introduces them, each with the heading it stands under.
+_ORDER = (
+    ("model", "joint"),
+    ("prior", "prior"),
+    ("likelihood", "likelihood"),
+    ("decoder", "decoder"),
+    ("posterior", "guide"),
+    ("encoder", "encoder"),
+)
+
+
+def explain(spec: Spec, data: Data | None, program: Program | None = None) -> str:
+    """Write a spec in symbols, one line for each part, from the parts' own descriptions.
+
+    Args:
+        spec: The spec.
+        data: Its data, for shapes and range; ``None`` if they cannot be had.
+        program: Its program, built here if absent.
+
+    Raises:
+        SpecError: If the program cannot be built.
+    """
+    symbols = _symbols(spec, data)
+    source = spec.data.name if data is None else str(data.protocol)
+    rows = [("data", f"x ∈ {symbols['x']}   {source}"), ("latent", f"z ∈ {symbols['z']}"), ("", "")]
+    for table, heading in _ORDER:
+        part, keys = spec.parts()[table]
+        arguments = _words(keys.arguments())
+        said, *where = part.symbols.format(**symbols, **arguments).split("\n")
+        rest = {name: value for name, value in arguments.items() if f"{{{name}" not in part.symbols}
+        rows += [(heading, said + _detail(rest)), *(("", line) for line in where)]
+    rows += [
+        ("", ""),
+        ("objective", objective(spec)),
+        ("", _training(spec)),
+        ("judged by", _evaluation(spec)),
+    ]
+    if data is not None:
+        program = program or spec.build(data)
+        counts = ", ".join(f"{name} {count:,}" for name, count in num_parameters(program).items())
+        rows += [("", ""), ("parameters", counts)]
+        rows += [("note", note) for note in notes(spec, program, data)]
+    title = [spec.description, ""] if spec.description else []
+    return "\n".join([*title, *(f"{heading:<11} {line}".rstrip() for heading, line in rows)])
+
+
+def objective(spec: Spec) -> str:
+    """Write what is maximised."""
+    settings = spec.fit.arguments()
+    kind, k = settings["objective"], settings["num_particles"]
+    beta = bool(settings["beta_warmup"])
+    if kind in ("iwae", "dreg"):
+        weight = "p(x | zₖ) (p(zₖ) / q(zₖ | x))^β" if beta else "p(x, zₖ) / q(zₖ | x)"
+        bound = f"E log 1/{k} Σₖ {weight},  zₖ ~ q(z | x), k = 1 … {k}"
+    elif kind == "mean_field":
+        bound = f"E_q log p(x | z) − {'β ' if beta else ''}KL(q(z | x) ‖ p(z))"
+    elif beta:
+        bound = "E_q [log p(x | z) + β (log p(z) − log q(z | x))]"
+    else:
+        bound = "E_q [log p(x | z) + log p(z) − log q(z | x)]"
+    if kind in ("elbo", "mean_field"):
+        bound += f",  {k} draw{'s' if k > 1 else ''} of z"
+    return f"maximise  {bound}"
+
+
+def num_parameters(program: Program) -> dict[str, int]:
+    """Count the trained numbers of each part, and of all."""
+    counts: dict[str, int] = {}
+    for module in program:
+        for name, child in module.named_children():
+            count = sum(p.numel() for p in child.parameters())
+            counts[name] = counts.get(name, 0) + count
+    total = {id(p): p.numel() for module in program for p in module.parameters()}
+    return {**{name: count for name, count in counts.items() if count}, "in all": sum(total.values())}
+
+
+def _training(spec: Spec) -> str:
+    s = spec.fit.arguments()
+    length = f"{s['epochs']} epochs" if s["epochs"] is not None else f"{s['steps']:,} steps"
+    lines = [f"{s['optimizer']} at {s['lr']:g}", f"batches of {s['batch_size']}", length]
+    if s["schedule"]:
+        lines.append(f"{s['schedule']} schedule")
+    if s["objective"] == "dreg":
+        lines.append("doubly reparameterised gradient")
+    if s["beta_warmup"]:
+        lines.append(f"β from 0 to 1 over {s['beta_warmup']:g} epochs")
+    if s["free_bits"]:
+        lines.append(f"KL below {s['free_bits']:g} nats free")
+    if s["ema"]:
+        lines.append(f"averaged weights ({s['ema']:g})")
+    if s["patience"]:
+        lines.append(f"stops {s['patience']} epochs after the best on validation")
+    return ", ".join(lines)
+
+
+def _evaluation(spec: Spec) -> str:
+    e = spec.evaluate
+    which = f"{e.limit:,} of the {e.split} data" if e.limit else f"the {e.split} data"
+    return f"log p(x) ≥ E log 1/K Σₖ p(x, zₖ) / q(zₖ | x),  K = {e.num_particles:,} on {which}"
+
+
+def _symbols(spec: Spec, data: Data | None) -> dict[str, Any]:
+    """The spaces of x and z, and the numbers that parts may name beside their keys."""
+    z = f"ℝ{_superscript(spec.z_dim)}"
+    if data is None:
+        return {"x": "X", "z": z, "levels": "L", "z_dim": spec.z_dim}
+    space = {"binary": "{0, 1}", "unit": "[0, 1]", "count": "ℕ", "real": "ℝ"}[data.protocol.values]
+    first, *more = data.x_shape
+    power = f"^({'×'.join(map(str, data.x_shape))})" if more else _superscript(first)
+    return {"x": space + power, "z": z, "levels": data.protocol.levels, "z_dim": spec.z_dim}
+
+
+def _superscript(number: int) -> str:
+    return str(number).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _words(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: "-".join(map(str, v)) if isinstance(v, tuple) else v for k, v in arguments.items()}
+
+
+def _detail(rest: dict[str, Any]) -> str:
+    """The keys that the symbols leave out, but for switches that are off."""
+    keys = ", ".join(f"{name} {value}" for name, value in rest.items() if value not in (None, False))
+    return f"  ({keys})" if keys else ""

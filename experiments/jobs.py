@@ -1,0 +1,185 @@
+"""What the command does to a run folder: train, evaluate, sample."""
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pvae.data import Data, Split
+from pvae.evaluation import LikelihoodEstimate, log_likelihood
+from pvae.inference import Run, fit
+
+from . import figures
+from .notes import notes
+from .program import Program, SpecError
+from .runs import OpenRun, RunFolder, environment
+from .spec import Evaluate, Spec
+
+__all__ = ["Trained", "evaluate", "sample", "train"]
+
+
+class Trained(NamedTuple):
+    """What training left behind.
+
+    Attributes:
+        folder: The run folder.
+        run: What :func:`pvae.fit` returned.
+        pictures: PNG files.
+        notes: What may surprise, one sentence each.
+        estimate: Held-out likelihood, if the spec asks for it after training.
+    """
+
+    folder: RunFolder
+    run: Run
+    pictures: list[Path]
+    notes: list[str]
+    estimate: LikelihoodEstimate | None
+
+
+def train(
+    spec: Spec,
+    out: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    device: torch.device | None = None,
+    root: Path | None = None,
+    download: bool = False,
+    progress: bool | None = None,
+) -> Trained:
+    """Train a spec into a run folder, draw its figures, and evaluate it if the spec says so.
+
+    Args:
+        spec: The spec.
+        out: Run folder.
+        resume: Go on with the run in ``out``.
+        force: Delete the run in ``out`` first.
+        device: Where to train, the CPU if absent.
+        root: Folder of the data files.
+        download: Whether missing data may be fetched.
+        progress: Whether to show bars; by default on a terminal only.
+
+    Raises:
+        SpecError: If the spec cannot be built or trained.
+        RunError: If the folder is in the way, or cannot be resumed.
+        pvae.data.DataError: If the data cannot be loaded.
+        pvae.inference.NonFiniteLoss: If training diverges; the last checkpoint stays.
+    """
+    device = device or torch.device("cpu")
+    data = spec.load_data(root, download)
+    program = spec.build(data)
+    if spec.evaluate.after_training:
+        _part(data, spec.evaluate)
+    folder = RunFolder(out)
+    folder.prepare(spec, resume=resume, force=force)
+    spent = folder.read_manifest().get("seconds", 0.0) if resume else 0.0
+    folder.update_manifest(
+        status="running",
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        seed=spec.seed,
+        data=data.protocol.to_dict(),
+        **environment(device),
+    )
+    start = time.monotonic()
+    status = "failed"
+    try:
+        run = fit(
+            *program,
+            data,
+            **spec.fit.arguments(),
+            device=device,
+            out=folder.path,
+            resume=resume,
+            progress=progress,
+        )
+        status = run.stopped
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except ValueError as error:
+        folder.discard_unless_trained()
+        raise SpecError(f"[fit] {' '.join(str(error).split())}") from error
+    finally:
+        if folder.spec.is_file():
+            folder.update_manifest(status=status, seconds=round(spent + time.monotonic() - start, 3))
+    folder.update_manifest(steps=run.steps)
+    pictures = _pictures(spec, folder, program, data)
+    opened = OpenRun(folder, spec, data, *program)
+    estimate = evaluate(opened, spec.evaluate, progress=progress) if spec.evaluate.after_training else None
+    return Trained(folder, run, pictures, notes(spec, program, data), estimate)
+
+
+def evaluate(
+    run: OpenRun, settings: Evaluate, *, batch_size: int | None = None, progress: bool | None = None
+) -> LikelihoodEstimate:
+    """Estimate the held-out log-likelihood of a run and keep it in ``evaluation.json``.
+
+    Args:
+        run: The run.
+        settings: Split, number of data and particles, seed. A limit takes data spread evenly over the
+            split, since some test sets are sorted by class.
+        batch_size: Data per pass of the decoder; affects time and memory alone.
+        progress: Whether to show a bar; by default on a terminal only.
+
+    Raises:
+        pvae.data.MissingPart: If the data have no such split.
+    """
+    start = time.monotonic()
+    estimate = log_likelihood(
+        run.model,
+        run.guide,
+        _part(run.data, settings),
+        num_particles=settings.num_particles,
+        batch_size=batch_size,
+        seed=settings.seed,
+        progress=progress,
+    )
+    run.folder.add_evaluation(
+        {
+            "settings": settings.model_dump(exclude={"after_training"}),
+            "text": str(estimate),
+            "seconds": round(time.monotonic() - start, 3),
+            **estimate.to_dict(),
+        }
+    )
+    return estimate
+
+
+def sample(run: OpenRun, num: int, out: Path | None = None, seed: int = 0) -> Path:
+    """Draw from the model of a run and write a PNG.
+
+    Args:
+        run: The run.
+        num: Number of draws.
+        out: PNG file, ``figures/samples.png`` of the run if absent.
+        seed: Seed of the draws.
+    """
+    means, draws = figures.draw_samples(run.program, num, seed)
+    return figures.samples(means, draws, out or run.folder.figures / "samples.png", _title(run.spec))
+
+
+def _part(data: Data, settings: Evaluate) -> Split:
+    split: Split = getattr(data, settings.split)
+    if settings.limit is None or settings.limit >= len(split):
+        return split
+    return split[torch.linspace(0, len(split) - 1, settings.limit, dtype=torch.float64).long()]
+
+
+def _pictures(spec: Spec, folder: RunFolder, program: Program, data: Data) -> list[Path]:
+    shown = data.valid if "valid" in data.parts else data.train
+    means, draws = figures.draw_samples(program, 64, seed=0)
+    title = _title(spec)
+    drawn = [
+        figures.reconstructions(program, shown, folder.figures / "reconstructions.png", title),
+        figures.samples(means, draws, folder.figures / "samples.png", title),
+    ]
+    metrics = figures.read_metrics(folder.metrics)
+    if any("loss" in row for row in metrics):
+        drawn.insert(0, figures.loss_curves(metrics, folder.figures / "losses.png", title))
+    return drawn
+
+
+def _title(spec: Spec) -> str:
+    return spec.description or f"{spec.model.kind} on {spec.data.name}"

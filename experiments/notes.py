@@ -1,0 +1,52 @@
+"""What a spec may do but might surprise: one sentence each."""
+
+from torch.distributions import kl_divergence
+
+from pvae.data import Data
+from pvae.inference.isolation import device_of, evaluating
+from pvae.inference.program import SiteRecorder
+
+from .program import Program
+from .spec import Spec
+
+__all__ = ["notes"]
+
+
+def notes(spec: Spec, program: Program, data: Data) -> list[str]:
+    """Return what a reader of this spec's numbers should know.
+
+    Args:
+        spec: The spec.
+        program: Its program.
+        data: Its data.
+    """
+    settings, found = spec.fit.arguments(), []
+    objective = settings["objective"]
+    if objective in ("iwae", "dreg") and settings["num_particles"] == 1:
+        found.append(f"with one particle '{objective}' is the ELBO: set fit.num_particles")
+    if objective == "mean_field" and not _has_closed_form(program, data):
+        found.append("KL(q(z | x) ‖ p(z)) has no closed form here: 'mean_field' draws it, as 'elbo' does")
+    if spec.prior.kind == "vamp" and spec.posterior.kind != "normal":
+        found.append("the vamp prior mixes the encoder's diagonal Gaussians, not this posterior itself")
+    if data.protocol.values == "unit" and spec.likelihood.kind in ("normal", "continuous_bernoulli"):
+        found.append("log p(x) is a density on [0, 1], not comparable with the mass of grey levels")
+    if data.protocol.values == "count" and spec.likelihood.kind == "normal":
+        found.append("log p(x) is a density on the line, not comparable with the mass of counts")
+    return found
+
+
+def _has_closed_form(program: Program, data: Data) -> bool:
+    """Whether Pyro knows the KL of every latent of this pair."""
+    x = data.train[:1].x.to(device_of(*program))
+    with evaluating(*program):
+        with SiteRecorder() as q:
+            program.guide(x)
+        latents = {name: site.value for name, site in q.sites.items() if not site.observed}
+        with SiteRecorder(latents) as p:
+            program.model(x)
+        try:
+            for name in latents:
+                kl_divergence(q.sites[name].fn, p.sites[name].fn)
+        except NotImplementedError:
+            return False
+    return True

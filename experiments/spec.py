@@ -1,0 +1,286 @@
+"""The spec: TOML whose tables are the parts and whose keys are their constructors' arguments."""
+
+import functools
+import json
+import operator
+import re
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+
+import pvae.data
+from pvae.data import Data
+from pvae.inference import fit
+
+from . import parts as _parts  # noqa: F401  (enters the parts)
+from .program import Program, SpecError, build
+from .registry import PARTS, TABLES, Keys, Part, PartKeys, keys_of, nearest, none_word
+from .sentences import sentence
+
+__all__ = ["Evaluate", "Spec", "load_spec", "parse", "recipes"]
+
+_FIT_OMIT = ("model", "guide", "data", "device", "out", "resume", "callbacks", "progress")
+_DATA_OMIT = ("root", "download")
+
+Positive = Annotated[int, Field(gt=0, strict=True)]
+
+
+class DataKeys(Keys):
+    """The data set and its protocol: the arguments of :func:`pvae.data.load`.
+
+    Keys beyond those are options of the one data set, which ``load`` checks.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+    def arguments(self) -> dict[str, Any]:
+        """The keys as arguments of :func:`pvae.data.load`."""
+        return super().arguments() | (self.model_extra or {})
+
+
+class Evaluate(Keys):
+    """How the trained program is judged.
+
+    Attributes:
+        split: Which part of the data.
+        limit: At most so many data, ``"none"`` for all.
+        num_particles: Importance samples for each datum.
+        seed: Seed of the importance samples.
+        after_training: Whether ``pvae train`` ends with it.
+    """
+
+    split: Literal["train", "valid", "test"] = "test"
+    limit: Annotated[Positive | None, BeforeValidator(none_word)] = None
+    num_particles: Positive = 1000
+    seed: Annotated[int, Field(strict=True)] = 0
+    after_training: Annotated[bool, Field(strict=True)] = True
+
+
+class Spec(BaseModel):
+    """A checked spec; :func:`load_spec` makes one.
+
+    Attributes:
+        description: What it is, in one line.
+        z_dim: Number of latent dimensions, shared by prior, encoder and decoder.
+        data: Table of the data set.
+        model, prior, posterior, encoder, decoder, likelihood: Tables of the parts, with their ``kind``.
+        fit: Arguments of :func:`pvae.fit`.
+        evaluate: How the trained program is judged.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    description: str = ""
+    z_dim: Positive = 16
+    data: DataKeys
+    model: PartKeys
+    prior: PartKeys
+    posterior: PartKeys
+    encoder: PartKeys
+    decoder: PartKeys
+    likelihood: PartKeys
+    fit: Keys
+    evaluate: Evaluate = Evaluate()
+
+    @property
+    def seed(self) -> int:
+        """The one seed of a run: initialisation, order of the data, and noise."""
+        return int(self.fit.arguments()["seed"])
+
+    def parts(self) -> dict[str, tuple[Part, PartKeys]]:
+        """Return every part's entry and keys, by table."""
+        found: dict[str, PartKeys] = {table: getattr(self, table) for table in TABLES}
+        return {table: (PARTS[table][keys.kind], keys) for table, keys in found.items()}
+
+    def load_data(self, root: str | Path | None = None, download: bool = False) -> Data:
+        """Load the data of the spec.
+
+        Args:
+            root: Folder of the files, the environment's ``PVAE_DATA`` if absent.
+            download: Whether missing files may be fetched.
+
+        Raises:
+            pvae.data.DataError: If they are missing or damaged, or have no such protocol.
+        """
+        return pvae.data.load(**self.data.arguments(), root=root, download=download)
+
+    def build(self, data: Data) -> Program:
+        """Build the model and its guide for some data; global random state is left as it was.
+
+        Raises:
+            SpecError: If a part refuses its arguments, or the likelihood the values of the data.
+        """
+        return build({table: keys for table, (_, keys) in self.parts().items()}, data, self.z_dim, self.seed)
+
+    def to_toml(self) -> str:
+        """Write the spec with every default filled in; :func:`parse` reads it back as it was."""
+        top, tables = [], []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Keys):
+                keys = {
+                    key: getattr(value, key)
+                    for key in (*type(value).model_fields, *(value.model_extra or ()))
+                }
+                tables.append("\n".join([f"[{name}]", *(f"{key} = {_toml(v)}" for key, v in keys.items())]))
+            else:
+                top.append(f"{name} = {_toml(value)}")
+        return "\n\n".join(["\n".join(top), *tables]) + "\n"
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """Return the JSON Schema of a spec file, with every part that is registered."""
+        schema = _spec_type().model_json_schema()
+        # "data" and "fit" may be left to overrides; a part's table and its kind have defaults.
+        schema.pop("required")
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_without_null(schema)}
+
+
+def recipes() -> dict[str, Path]:
+    """Return the recipes that ship with the library, by name."""
+    folder = Path(str(resources.files(__package__) / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem)}
+
+
+def load_spec(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Spec:
+    """Read a spec.
+
+    Args:
+        path_or_name: A recipe's name, a TOML file, or a run folder.
+        overrides: ``key=value`` strings with TOML values, such as ``fit.epochs=5``; ``prior=vamp`` is short
+            for ``prior.kind=vamp``. A new ``kind`` starts its table afresh.
+
+    Raises:
+        SpecError: If there is no such spec, or it cannot be read or checked.
+    """
+    path = _find(path_or_name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"cannot read the spec {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"the spec {path} is not UTF-8 text") from None
+    return parse(text, overrides)
+
+
+def parse(text: str, overrides: Iterable[str] = ()) -> Spec:
+    """Check a spec given as TOML text; overrides and errors as in :func:`load_spec`."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"the spec is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(raw, override)
+    for table in ("data", *TABLES, "fit"):
+        raw.setdefault(table, {})
+    for table, kind in TABLES.items():
+        if isinstance(raw[table], dict):
+            raw[table].setdefault("kind", kind)
+    spec_type = _spec_type()
+    try:
+        spec = spec_type.model_validate(raw)
+    except ValidationError as error:
+        raise SpecError(sentence(error, spec_type, raw)) from None
+    if spec.data.name not in pvae.data.names():
+        raise SpecError(f"unknown data.name '{spec.data.name}'{nearest(spec.data.name, pvae.data.names())}")
+    settings = spec.fit.arguments()
+    if (settings["epochs"] is None) == (settings["steps"] is None):
+        raise SpecError("[fit] needs epochs or steps, one of the two")
+    return spec
+
+
+def _find(path_or_name: str | Path) -> Path:
+    name, path, known = str(path_or_name), Path(path_or_name), recipes()
+    if name in known:
+        return known[name]
+    if path.is_dir():
+        return path / "spec.toml"
+    if path.suffix != ".toml" and not path.exists():
+        raise SpecError(f"there is no recipe '{name}'{nearest(name, known)}")
+    return path
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    """Apply one ``key=value`` to the tables as read."""
+    left, equals, right = override.partition("=")
+    names = left.strip().split(".")
+    if not equals or not all(names) or len(names) > 2:
+        raise SpecError(f"an override must read key=value, such as fit.epochs=5, got '{override}'")
+    value = _value(override, right.strip())
+    if len(names) == 1 and names[0] in TABLES:
+        names.append("kind")
+    elif names == ["data"]:
+        names.append("name")
+    if len(names) == 1:
+        tables[names[0]] = value
+        return
+    name, key = names
+    table = tables.setdefault(name, {})
+    if not isinstance(table, dict):
+        raise SpecError(f"cannot set {name}.{key}: {name} is not a table")
+    if key == "kind" and value != table.get("kind", TABLES.get(name)):
+        table.clear()  # the other keys are arguments of the part that goes
+    if name == "fit" and key in ("epochs", "steps"):
+        table.pop("steps" if key == "epochs" else "epochs", None)  # one of the two
+    table[key] = value
+
+
+def _value(override: str, text: str) -> Any:
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        if re.fullmatch(r"[\w./+-]+", text):
+            return text  # a bare word: shells take the quotes away
+        raise SpecError(f"the value of an override must be TOML, got '{override}'") from None
+    if len(read) > 1:
+        raise SpecError(f"an override sets one key, got '{override}'")
+    return read["value"]
+
+
+def _spec_type() -> type[Spec]:
+    return _narrowed(tuple((table, tuple(PARTS[table].values())) for table in TABLES))
+
+
+@functools.lru_cache
+def _narrowed(registered: tuple[tuple[str, tuple[Part, ...]], ...]) -> type[Spec]:
+    """Narrow :class:`Spec` to the parts that are registered, and read other keys off the signatures."""
+    data = create_model("Data", __base__=DataKeys, **keys_of(pvae.data.load, omit=_DATA_OMIT))
+    training = create_model("Fit", __base__=Keys, **keys_of(fit, omit=_FIT_OMIT))
+    fields: dict[str, Any] = {"data": (data, ...), "fit": (training, ...)}
+    for table, entries in registered:
+        union: Any = functools.reduce(operator.or_, (entry.keys for entry in entries))
+        tagged = len(entries) > 1
+        fields[table] = (Annotated[union, Field(discriminator="kind")] if tagged else union, ...)
+    return create_model("Spec", __base__=Spec, **fields)
+
+
+def _toml(value: object) -> str:
+    """Write one value; ``None``, which TOML lacks, as ``"none"``."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
+
+
+def _without_null(schema: Any) -> Any:
+    """Exchange JSON's null, as a type and as a default, for the ``"none"`` that stands for it in TOML."""
+    if schema is None:
+        return "none"
+    if isinstance(schema, list):
+        return [_without_null(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema == {"type": "null"}:
+        return {"const": "none"}
+    return {key: _without_null(value) for key, value in schema.items()}

@@ -1,0 +1,155 @@
+# ruff: noqa: RUF001  (mathematical symbols)
+"""A spec in symbols: every part contributes its line, with the right spaces, sizes and notes."""
+
+import re
+
+import pytest
+
+from pvae.experiments import Spec
+from pvae.experiments.explain import explain, num_parameters, objective
+from pvae.experiments.registry import PARTS
+from pvae.experiments.spec import parse
+
+SMALL = ["z_dim=3", "encoder.hidden=[5]", "decoder.hidden=[4]"]
+
+
+def _spec(*overrides: str) -> Spec:
+    return parse("description = 'a test'\n[data]\nname = 'digits'\n[fit]\nepochs = 2\n", [*SMALL, *overrides])
+
+
+def _lines(spec: Spec) -> dict[str, str]:
+    """What stands behind each heading."""
+    text = explain(spec, spec.load_data())
+    rows = (re.fullmatch(r"([a-z]+(?: by)?) {2,}(.+)", line) for line in text.splitlines())
+    return {row[1]: row[2] for row in rows if row}
+
+
+def test_the_gaussian_vae() -> None:
+    lines = _lines(_spec())
+    assert lines["data"].startswith("x ∈ {0, 1}^(1×8×8)   digits: binarized (dynamic)")
+    assert lines["latent"] == "z ∈ ℝ³"
+    assert lines["joint"] == "p(x, z) = p(z) p(x | z)"
+    assert lines["prior"] == "p(z) = N(z; 0, I)"
+    assert lines["likelihood"] == "p(x | z) = ∏ᵢ Bernoulli(xᵢ; sigmoid θᵢ(z))"
+    assert lines["decoder"] == "θ: ℝ³ → parameters of p(x | z), fully connected  (hidden 4, activation relu)"
+    assert lines["guide"] == "q(z | x) = N(z; μ(x), diag σ²(x))"
+    assert lines["encoder"] == "μ, σ: {0, 1}^(1×8×8) → ℝ³, fully connected  (hidden 5, activation relu)"
+    assert lines["objective"] == "maximise  E_q [log p(x | z) + log p(z) − log q(z | x)],  1 draw of z"
+    assert lines["judged by"].endswith("p(x, zₖ) / q(zₖ | x),  K = 1,000 on the test data")
+    # 64-5-(3 + 3) and 3-4-64, with biases.
+    assert lines["parameters"] == "decoder 336, encoder 361, in all 697"
+    assert "note" not in lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "E_q [log p(x | z) + log p(z) − log q(z | x)],  1 draw of z"),
+        (["num_particles=4"], "E_q [log p(x | z) + log p(z) − log q(z | x)],  4 draws of z"),
+        (["beta_warmup=5"], "E_q [log p(x | z) + β (log p(z) − log q(z | x))],  1 draw of z"),
+        (["objective=mean_field"], "E_q log p(x | z) − KL(q(z | x) ‖ p(z)),  1 draw of z"),
+        (["objective=mean_field", "beta_warmup=1"], "E_q log p(x | z) − β KL(q(z | x) ‖ p(z)),  1 draw of z"),
+        (
+            ["objective=iwae", "num_particles=5"],
+            "E log 1/5 Σₖ p(x, zₖ) / q(zₖ | x),  zₖ ~ q(z | x), k = 1 … 5",
+        ),
+        (
+            ["objective=dreg", "num_particles=2", "beta_warmup=1"],
+            "E log 1/2 Σₖ p(x | zₖ) (p(zₖ) / q(zₖ | x))^β,  zₖ ~ q(z | x), k = 1 … 2",
+        ),
+    ],
+)
+def test_objective(overrides: list[str], expected: str) -> None:
+    assert objective(_spec(*(f"fit.{override}" for override in overrides))) == f"maximise  {expected}"
+
+
+def test_training_only_settings_are_said() -> None:
+    settings = [
+        "beta_warmup=5",
+        "free_bits=0.5",
+        "ema=0.99",
+        "patience=3",
+        "schedule=cosine",
+        "objective=dreg",
+    ]
+    text = explain(_spec(*(f"fit.{s}" for s in settings), "fit.num_particles=3"), None)
+    for words in (
+        "adam at 0.001, batches of 128, 2 epochs, cosine schedule",
+        "doubly reparameterised gradient",
+        "β from 0 to 1 over 5 epochs",
+        "KL below 0.5 nats free",
+        "averaged weights (0.99)",
+        "stops 3 epochs after the best on validation",
+    ):
+        assert words in text
+    assert "7 steps" in explain(_spec("fit.steps=7"), None)
+
+
+def test_limits_of_the_evaluation_are_said() -> None:
+    lines = _lines(_spec("evaluate.limit=50", "evaluate.split=valid", "evaluate.num_particles=2000"))
+    assert lines["judged by"].endswith("K = 2,000 on 50 of the valid data")
+
+
+@pytest.mark.parametrize(
+    ("table", "kind"), [(table, kind) for table, kinds in PARTS.items() for kind in kinds if table != "model"]
+)
+def test_every_part_can_be_said_with_and_without_data(table: str, kind: str) -> None:
+    values = {"bernoulli": "binary", "categorical": "count", "poisson": "count", "negative_binomial": "count"}
+    loaded = ["data.binarize=none", f"data.scale={'count' if values.get(kind) == 'count' else 'unit'}"]
+    changes = [f"{table}={kind}", *(loaded if table == "likelihood" and kind != "bernoulli" else [])]
+    spec = parse("[data]\nname = 'digits'\n[fit]\nepochs = 2\n", ["z_dim=12", *changes])
+    data = spec.load_data()
+    said, unsaid = explain(spec, data), explain(spec, None)
+    heading = {"posterior": "guide"}.get(table, table)
+    for text in (said, unsaid):
+        assert len([line for line in text.splitlines() if line.startswith(heading)]) == 1
+        assert not re.search(r"\{[a-z_]+\}|None", text)
+    assert "ℝ¹²" in said
+    assert "parameters  " in said
+    assert "parameters  " not in unsaid
+
+
+def test_tables_of_numbers_live_in_a_plain_space() -> None:
+    spec = _spec("data=two_moons", "data.num_train=32", "likelihood=normal")
+    assert _lines(spec)["data"].startswith("x ∈ ℝ²   two_moons")
+
+
+def test_numbers_of_parameters_count_shared_modules_once() -> None:
+    spec = _spec("prior=vamp", "prior.components=2")
+    counts = num_parameters(spec.build(spec.load_data()))
+    assert counts == {"prior": 128, "decoder": 336, "encoder": 361, "in all": 825}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["fit.objective=iwae"], "with one particle 'iwae' is the ELBO"),
+        (["fit.objective=mean_field", "prior=mixture"], "has no closed form here"),
+        (["fit.objective=mean_field", "posterior=flow"], "has no closed form here"),
+        (["fit.objective=mean_field", "posterior=full_covariance"], "has no closed form here"),
+        (
+            ["prior=vamp", "prior.components=3", "posterior=flow"],
+            "the vamp prior mixes the encoder's diagonal",
+        ),
+        (["data.binarize=none", "likelihood=normal"], r"log p\(x\) is a density on \[0, 1\]"),
+        (
+            ["data.binarize=none", "data.scale=count", "likelihood=normal"],
+            r"log p\(x\) is a density on the line",
+        ),
+    ],
+)
+def test_notes(overrides: list[str], note: str) -> None:
+    assert re.search(note, _lines(_spec(*overrides))["note"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["fit.objective=mean_field"],
+        ["fit.objective=iwae", "fit.num_particles=2"],
+        ["prior=vamp", "prior.components=3"],
+        ["data.binarize=none", "likelihood=discretized_logistic_mixture"],
+    ],
+)
+def test_no_note_without_a_surprise(overrides: list[str]) -> None:
+    assert "note" not in _lines(_spec(*overrides))
