@@ -45,7 +45,9 @@ _Overrides = Annotated[
 _RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 _DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data files (default $PVAE_DATA).")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-_Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")]
+_Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of torch on the CPU (default: one for a small net).")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -141,7 +143,7 @@ def train(
     """Train a recipe, draw its figures, and print its held-out log-likelihood."""
     if resume and force:
         raise SpecError("--resume goes on with a run and --force deletes it: give one of the two")
-    place = _place(device, threads)
+    place = _place(device)
     changes = [*(overrides or []), *([] if seed is None else [f"fit.seed={seed}"])]
     spec = load_spec(recipe, changes)
     if out is None:
@@ -158,10 +160,11 @@ def train(
             device=place,
             root=data_root,
             download=download,
+            threads=threads,
             progress=False if as_json else None,
         )
     except KeyboardInterrupt:
-        _fail(_INTERRUPTED, _how_to_resume(out, device, data_root))
+        _fail(_INTERRUPTED, _how_to_resume(out, device, data_root, threads))
     estimate = trained.estimate
     if as_json:
         _print_json(
@@ -203,12 +206,14 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Estimate the held-out log-likelihood of a run; what is not given is as in its [evaluate]."""
-    place = _place(device, threads)
+    place = _place(device)
     asked = {"num_particles": num_particles, "split": split, "limit": limit, "seed": seed}
     changes = [f"evaluate.{key}={value}" for key, value in asked.items() if value is not None]
     from .jobs import evaluate as run_evaluation
+    from .jobs import use_threads
 
     opened = open_run(run, root=data_root, device=place)
+    use_threads(opened.program, opened.spec, threads)
     status = opened.folder.read_manifest().get("status")
     if status not in ("finished", "early"):
         typer.echo(f"pvae: the training of {run} is {status}: this is its last checkpoint", err=True)
@@ -232,7 +237,7 @@ def sample(
     as_json: _Json = False,
 ) -> None:
     """Draw from the model of a run and write them as one picture."""
-    place = _place(device, None)
+    place = _place(device)
     from .jobs import sample as run_sampling
 
     path = run_sampling(open_run(run, root=data_root, device=place), num, out, seed)
@@ -293,12 +298,14 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are printed.")] = 11,
     engine: Annotated[list[str] | None, typer.Option(help="eager, graph; may be repeated.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads of torch on the CPU (default: one for a small net).")
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Time our training step and evaluation against hand-written PyTorch."""
-    _place(device, None)
+    _place(device)
     from .bench import format_table, run_bench
 
     rows = run_bench(
@@ -315,10 +322,8 @@ def bench(
         typer.echo(format_table(rows))
 
 
-def _place(device: str, threads: int | None) -> torch.device:
-    """Check the device and set the number of threads."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+def _place(device: str) -> torch.device:
+    """Check the device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -329,13 +334,14 @@ def _place(device: str, threads: int | None) -> torch.device:
     return place
 
 
-def _how_to_resume(out: Path, device: str, data_root: Path | None) -> str:
+def _how_to_resume(out: Path, device: str, data_root: Path | None, threads: int | None) -> str:
     """Say what is left of an interrupted run, and the command that goes on with it."""
     if not RunFolder(out).spec.is_file():
         return "interrupted before training began"
     command = ["pvae", "train", str(out), "--resume"]
     command += [] if device == "auto" else ["--device", device]
     command += [] if data_root is None else ["--data-root", str(data_root)]
+    command += [] if threads is None else ["--threads", str(threads)]
     kept = "the last checkpoint is kept" if exists(out) else "before the first checkpoint"
     return f"interrupted, {kept}: go on with  {shlex.join(command)}"
 

@@ -17,7 +17,10 @@ from .program import Program, SpecError
 from .runs import OpenRun, RunFolder, environment
 from .spec import Evaluate, Spec
 
-__all__ = ["Trained", "evaluate", "sample", "train"]
+__all__ = ["SMALL_PASS", "Trained", "evaluate", "sample", "train", "use_threads"]
+
+SMALL_PASS = 2**26
+"""Multiplications of weights below which :func:`use_threads` chooses one thread; a few milliseconds."""
 
 
 class Trained(NamedTuple):
@@ -47,6 +50,7 @@ def train(
     device: torch.device | None = None,
     root: Path | None = None,
     download: bool = False,
+    threads: int | None = None,
     progress: bool | None = None,
 ) -> Trained:
     """Train a spec into a run folder, draw its figures, and evaluate it if the spec says so.
@@ -59,6 +63,7 @@ def train(
         device: Where to train, the CPU if absent.
         root: Folder of the data files.
         download: Whether missing data may be fetched.
+        threads: Threads of torch on the CPU, by default what :func:`use_threads` finds.
         progress: Whether to show bars; by default on a terminal only.
 
     Raises:
@@ -70,6 +75,7 @@ def train(
     device = device or torch.device("cpu")
     data = spec.load_data(root, download)
     program = spec.build(data)
+    use_threads(program, spec, threads)
     if spec.evaluate.after_training:
         _part(data, spec.evaluate)
     folder = RunFolder(out)
@@ -145,6 +151,25 @@ def evaluate(
         }
     )
     return estimate
+
+
+def use_threads(program: Program, spec: Spec, threads: int | None = None) -> None:
+    """Set the number of torch's threads on the CPU for this process.
+
+    A step of a small network on several threads is no faster, and beside a busy process many times slower, as
+    each operation then waits for the thread that has no core.
+
+    Args:
+        program: The program that will run.
+        spec: Its spec, which knows the batch size.
+        threads: The number; ``None`` for one thread if a forward pass on a batch takes fewer than
+            :data:`SMALL_PASS` multiplications, and torch's own choice otherwise.
+    """
+    weights = sum(p.numel() for module in program for p in module.parameters())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif weights * spec.fit.arguments()["batch_size"] < SMALL_PASS:
+        torch.set_num_threads(1)
 
 
 def sample(run: OpenRun, num: int, out: Path | None = None, seed: int = 0) -> Path:

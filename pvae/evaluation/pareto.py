@@ -15,7 +15,7 @@ _FEWEST = 25  # draws; with fewer, ArviZ has no five values in the tail
 
 
 def khat_threshold(num_particles: int) -> float:
-    """Largest k-hat at which an average of ``num_particles`` weights is reliable (Vehtari et al., eq. 13).
+    """Largest k-hat at which an average of ``num_particles`` weights is reliable (Vehtari et al., sec. 3).
 
     Raises:
         ValueError: If ``num_particles`` is not positive.

@@ -1,6 +1,6 @@
 r"""Training objectives: ELBO (Kingma & Welling 2014, arXiv:1312.6114v10, eq. 3), IWAE (Burda et al. 2016,
 arXiv:1509.00519v4, eq. 8) and its doubly reparameterised gradient DReG (Tucker et al. 2019,
-arXiv:1810.04152v2, eq. 8), with free bits (Kingma et al. 2016, arXiv:1606.04934v2, eq. 15).
+arXiv:1810.04152v2), with free bits (Kingma et al. 2016, arXiv:1606.04934v2, eq. 15).
 """
 
 import functools
@@ -213,7 +213,7 @@ def _square_weights(values: dict[str, Tensor], log_w: Tensor) -> None:
     r"""Multiply the gradient that reaches each draw by its normalised weight.
 
     The gradient with respect to the guide is then
-    :math:`\sum_k \tilde w_k^2 \, \partial_z \log w_k \, \partial_\phi z_k` (Tucker et al., eq. 8), while the
+    :math:`\sum_k \tilde w_k^2 \, \partial_z \log w_k \, \partial_\phi z_k` (Tucker et al. 2019), while the
     model's parameters keep :math:`\sum_k \tilde w_k \, \partial_\theta \log w_k`.
     """
     weight = log_w.detach().softmax(0) if log_w.ndim > 1 else torch.ones_like(log_w)

@@ -1,4 +1,4 @@
-r"""Mixture-of-posteriors prior (Tomczak & Welling 2018, arXiv:1705.07120v5, eq. 9)."""
+r"""Mixture-of-posteriors prior (Tomczak & Welling 2018, arXiv:1705.07120v5, sec. 3)."""
 
 from collections.abc import Callable
 

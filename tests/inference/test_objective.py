@@ -89,7 +89,7 @@ def by_hand(model: LinearModel, guide: LinearGuide, x: Tensor, noise: Tensor, ho
     return normal(model.decoder(z), torch.ones(5)).log_prob(x).sum(-1) + log_p - log_q
 
 
-def test_dreg_gradient_is_equation_8() -> None:
+def test_dreg_gradient_is_the_doubly_reparameterised_one() -> None:
     model, guide = LinearModel(), LinearGuide()
     x = torch.randn(7, 5)
     torch.manual_seed(1)
