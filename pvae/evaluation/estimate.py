@@ -108,7 +108,7 @@ class LikelihoodEstimate:
     def _khat_sentence(self) -> str:
         share = self.khat_share
         if math.isnan(share):
-            return "k-hat needs 25 particles or more"
+            return "k-hat needs 30 particles or more"
         sentence = f"k-hat > {self.khat_threshold:.2f} for {100 * share:.1f} %"
         if share > 0.05:
             sentence += " (the estimate is low there: more particles or a wider guide)"

@@ -11,7 +11,7 @@ __all__ = ["khat_threshold", "pareto_khat"]
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 _NOTHING = 700.0  # nats below the largest weight at which a weight is zero in double precision
-_FEWEST = 25  # draws; with fewer, ArviZ has no five values in the tail
+_FEWEST = 30  # draws; with fewer, some versions of ArviZ see no tail
 
 
 def khat_threshold(num_particles: int) -> float:
@@ -34,7 +34,7 @@ def pareto_khat(log_w: Tensor, rounding: float = 1e-9) -> Tensor:
 
     Returns:
         k-hat, shape ``(N,)``, double precision. ``-inf`` where the weights are equal (the exact posterior:
-        no tail at all); NaN where a weight is NaN or ``K < 25``, too few to see a tail.
+        no tail at all); NaN where a weight is NaN or ``K < 30``, too few to see a tail.
 
     Raises:
         ValueError: If ``log_w`` is not a matrix.

@@ -125,7 +125,7 @@ def test_edges_are_smooth() -> None:
 class TestTable:
     def test_documented(self) -> None:
         rows = re.findall(
-            r"^ +(\w+) +([a-z]\w*)? +(0\.\d+)(?: +(0\.\d+))?$", sprites.__doc__ or "", re.MULTILINE
+            r"^ *(\w+) +([a-z]\w*)? +(0\.\d+)(?: +(0\.\d+))?$", sprites.__doc__ or "", re.MULTILINE
         )
         table = [(name, parent or None, (float(p), float(q or p))) for name, parent, p, q in rows]
         assert table == [(a.name, a.parent, a.probability) for a in ATTRIBUTES]

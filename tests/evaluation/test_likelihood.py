@@ -275,5 +275,5 @@ def test_it_prints_one_line_and_goes_into_json() -> None:
     assert row["log_likelihood"] == estimate.mean
     assert row["per_datum"]["log_prob"] == estimate.log_prob.tolist()
     few = log_likelihood(LinearModel(), LinearGuide(), torch.randn(20, 5), num_particles=5)
-    assert "k-hat needs 25 particles" in str(few)
+    assert "k-hat needs 30 particles" in str(few)
     json.dumps(few.to_dict(), allow_nan=False)

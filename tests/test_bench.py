@@ -1,0 +1,158 @@
+"""The benchmark measures what it says: equal work on both sides, no wait in a step, an honest table."""
+
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import pvae
+from pvae.data import from_tensors
+from pvae.experiments import SpecError, bench
+from pvae.experiments._hand_loops import HandLoop
+from pvae.experiments.bench import CASES, Case, SyncCounter, count_syncs, format_table, interleave, run_bench
+from pvae.inference import ELBO
+
+TINY = Case((1, 4, 4), z_dim=2, hidden=(8,), steps=2, eager_target=2.0)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks and few draws in place of the real ones."""
+    for name in CASES:
+        monkeypatch.setitem(CASES, name, TINY)
+    monkeypatch.setattr(bench, "_NUM_IMAGES", 5)
+    monkeypatch.setattr(bench, "_NUM_PARTICLES", 30)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loop_by_hand_does_the_same_work(name: str, float64: None) -> None:
+    case = CASES[name]
+    program, net = case.program(), case.hand()
+    encoder = dict(program.guide.named_parameters())
+    head = [encoder.pop(key) for key in ("encoder.head.weight", "encoder.head.bias")]
+    ours = [*encoder.values(), *head, *program.model.parameters()]
+    theirs = list(net.parameters())
+    assert [p.shape for p in ours] == [p.shape for p in theirs]
+    for parameter, value in zip(theirs, ours, strict=True):
+        parameter.data.copy_(value.data)
+
+    x = (torch.rand(3, *case.x_shape) < 0.5).double()
+    torch.manual_seed(1)
+    loss = ELBO().terms(program.model, program.guide, x).loss
+    torch.manual_seed(1)
+    by_hand = net.loss(x)
+    torch.testing.assert_close(loss, by_hand, rtol=1e-12, atol=0.0)
+    gradients, by_hand_gradients = torch.autograd.grad(loss, ours), torch.autograd.grad(by_hand, theirs)
+    for mine, hand in zip(gradients, by_hand_gradients, strict=True):
+        torch.testing.assert_close(mine, hand, rtol=1e-9, atol=1e-12)
+
+
+def test_loop_by_hand_learns() -> None:
+    levels = (torch.rand(256, 1, 4, 4) < 0.9).to(torch.uint8) * 255
+    loop = HandLoop(TINY.hand(), levels, batch_size=16)
+    first = loop.run(16)
+    for _ in range(20):
+        last = loop.run(16)
+    assert last < 0.8 * first
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_never_waits_for_its_device(name: str, engine: str) -> None:
+    case = CASES[name]
+    levels = torch.randint(256, (16, *case.x_shape), dtype=torch.uint8)
+    assert count_syncs(case.program(), from_tensors(levels, binarize="dynamic").train, engine) == 0
+
+
+@pytest.mark.parametrize(
+    "wait", [torch.Tensor.item, bool, torch.Tensor.nonzero, lambda x: torch.equal(x, x + 1)]
+)
+def test_a_planted_wait_is_counted(wait: object) -> None:
+    assert callable(wait)
+    x = torch.ones(())
+    with SyncCounter() as counter:
+        wait(x + x)
+    assert counter.count == 1
+
+
+def test_interleaving_reverses_every_second_round() -> None:
+    calls: list[str] = []
+    ticks = itertools.count()
+    contenders = {name: partial(calls.append, name) for name in "abc"}
+    seconds = interleave(contenders, rounds=3, clock=lambda: float(next(ticks)))
+    assert "".join(calls) == "abc" + "abc" + "cba" + "abc"
+    assert seconds == {name: [1.0, 1.0, 1.0] for name in "abc"}
+
+
+def test_ratio_is_the_median_of_the_rounds() -> None:
+    seconds = {"ours": [2.0, 9.0, 4.0], "loop": [1.0, 1.0, 4.0]}
+    row = bench._row("small", "ours", "loop", seconds, units=2, target=2.0, syncs=0)
+    assert (row["ratio"], row["ours_ms"], row["yardstick_ms"]) == (2.0, 2000.0, 500.0)
+    assert "2.00 met" in format_table([row])
+    assert "1.99 missed" in format_table([row | {"target": 1.99}])
+
+
+def test_smoke(tiny: None, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "cpu.json"
+    before = torch.get_num_threads()
+    rows = run_bench(device="cpu", rounds=2, names=None, engines=("eager",), threads=1, out=out)
+    assert [(row["benchmark"], row["yardstick"], row["rounds"]) for row in rows] == [
+        *((name, yardstick, 2) for name in CASES for yardstick in ("loop", "stock SVI")),
+        ("evaluation", "decoder", 2),
+        ("evaluation", "decoder + density", 2),
+    ]
+    assert all(row["ratio"] > 0 for row in rows)  # type: ignore[operator]
+    written = json.loads(out.read_text())
+    assert written["rows"] == rows
+    assert written["machine"]["threads"] == 1
+    assert format_table(rows) in out.with_suffix(".md").read_text()
+    assert torch.get_num_threads() == before
+
+
+def test_decoder_passes_are_those_of_the_evaluation(tiny: None) -> None:
+    """The yardstick sees every particle of every image once, in more than one chunk or block."""
+    program = TINY.program()
+    x = torch.zeros(70, *TINY.x_shape)
+    shapes = bench._decoder_inputs(
+        program.model.decoder,  # type: ignore[arg-type]
+        lambda: pvae.log_likelihood(*program, x, num_particles=200, progress=False),
+    )
+    assert len(shapes) > 1
+    assert sum(shape[:-1].numel() for shape in shapes) == 70 * 200
+
+
+def test_documented_table_is_the_measured_one() -> None:
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text())["rows"]
+    assert all(row["rounds"] >= 11 for row in rows)
+    assert format_table(rows) in (root / "docs" / "benchmarks.md").read_text()
+
+
+@pytest.mark.slow
+def test_graph_engine_is_measured(tiny: None) -> None:
+    rows = run_bench(device="cpu", rounds=1, names=("small",), engines=("graph",), threads=1, out=None)
+    assert [row["yardstick"] for row in rows] == ["loop", "loop, compiled", "stock SVI"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"names": ("large",)}, "benchmark must be one of small, medium, conv, evaluation, got 'large'"),
+        ({"engines": ("jit",)}, "engine must be one of eager, graph, got 'jit'"),
+        ({"rounds": 0}, "must be positive, got 0"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(settings: dict[str, object], said: str) -> None:
+    arguments = {
+        "device": "cpu",
+        "rounds": 1,
+        "names": None,
+        "engines": ("eager",),
+        "threads": 1,
+        "out": None,
+    }
+    with pytest.raises(SpecError, match=said):
+        run_bench(**(arguments | settings))  # type: ignore[arg-type]
