@@ -94,11 +94,11 @@ class Loop:
     def go(self, report: Reporter) -> None:
         """Train to the end."""
         trainer, run = self.trainer, self.run
+        batches = self._batches(*divmod(trainer.step_count, self.per_epoch))
         with _stop_signals() as asked:
             while trainer.step_count < trainer.total_steps and not self._exhausted():
-                epoch, start = divmod(trainer.step_count, self.per_epoch)
                 with trainer.generator():
-                    for batch in self._batches(epoch, start):
+                    for batch in batches:
                         trainer.step(batch)
                         if asked.is_set() or trainer.step_count >= trainer.total_steps or trainer.window_full:
                             break
@@ -106,6 +106,8 @@ class Loop:
                 if asked.is_set():
                     self._save("last")
                     raise KeyboardInterrupt
+                if trainer.step_count % self.per_epoch == 0:
+                    batches = self._batches(trainer.step_count // self.per_epoch, 0)
         run.steps = trainer.step_count
         run.stopped = "early" if self._exhausted() else "finished"
         self._finish()

@@ -13,8 +13,9 @@ import pyro
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from pvae.data import Data, from_tensors
+from pvae.data import Data, from_datasets, from_tensors
 from pvae.inference import ELBO, CheckpointError, NonFiniteLoss, Run, Trainer, fit, load_parameters
 from pvae.inference.program import program_state
 
@@ -300,6 +301,20 @@ def test_it_trains_on_a_bare_tensor(data: Data) -> None:
     run, _ = train(data.train.x)
     assert run.best == float("inf")
     assert "valid_loss" not in run.history[-1]
+
+
+def test_streamed_data_train_as_data_in_memory_do(data: Data, tmp_path: Path) -> None:
+    part = TensorDataset(data.train.x)
+    streamed = from_datasets(
+        part, name="linear", fingerprint="1", levels=None, scale="real", num_workers=0
+    ).train
+    settings: dict[str, Any] = {"log_every": 4}
+    _, wanted = train(data.train, **settings)
+    _, state = train(streamed, **settings)
+    assert same(state, wanted)
+    train(streamed, out=tmp_path, epochs=2, **settings)
+    _, resumed = train(streamed, out=tmp_path, resume=True, **settings)
+    assert same(resumed, wanted)
 
 
 @pytest.mark.parametrize(
