@@ -3,6 +3,7 @@
 from .affine_coupling import AffineCoupling
 from .continuous_bernoulli import ContinuousBernoulli
 from .discretized_logistic_mixture import DiscretizedLogisticMixture, LevelGrid
+from .independent_bernoulli import IndependentBernoulli
 from .level_categorical import LevelCategorical
 from .negative_binomial import NegativeBinomial
 from .normal_mixture import NormalMixture
@@ -11,6 +12,7 @@ __all__ = [
     "AffineCoupling",
     "ContinuousBernoulli",
     "DiscretizedLogisticMixture",
+    "IndependentBernoulli",
     "LevelCategorical",
     "LevelGrid",
     "NegativeBinomial",

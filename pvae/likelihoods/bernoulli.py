@@ -3,6 +3,8 @@
 import pyro.distributions as dist
 from torch import Tensor
 
+from pvae.distributions import IndependentBernoulli
+
 from .base import Likelihood
 
 __all__ = ["Bernoulli"]
@@ -20,7 +22,7 @@ class Bernoulli(Likelihood):
 
     def forward(self, params: Tensor) -> dist.TorchDistribution:
         """Return p(x | z) for logits ``params``, shape ``(*batch, *x_shape)``."""
-        return dist.Bernoulli(logits=params).to_event(self._event_dim(params))
+        return IndependentBernoulli(params, self._event_dim(params))
 
     def _supports(self, x: Tensor) -> Tensor:
         return (x == 0) | (x == 1)

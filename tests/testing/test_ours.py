@@ -9,6 +9,7 @@ from pvae.distributions import (
     AffineCoupling,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,
+    IndependentBernoulli,
     LevelCategorical,
     NegativeBinomial,
     NormalMixture,
@@ -43,6 +44,12 @@ def test_discretized_logistic_mixture(channels: int, levels: int) -> None:
 
 def test_continuous_bernoulli() -> None:
     report = check_distribution(ContinuousBernoulli(torch.tensor([-4.0, -0.01, 0.0, 3.0]).double()))
+    assert {"integrates to 1", "sampler follows density", "moments"} <= set(report.applied)
+
+
+def test_independent_bernoulli() -> None:
+    values = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * 4).view(-1, 2, 2)
+    report = check_distribution(IndependentBernoulli(random(3, 2, 2), 2), values=values)
     assert {"integrates to 1", "sampler follows density", "moments"} <= set(report.applied)
 
 
