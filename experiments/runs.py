@@ -206,8 +206,11 @@ def open_run(
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe what a run depends on beside its spec: versions, commit, device, threads."""
-    packages = {"torch": "torch", "pyro": "pyro-ppl", "numpy": "numpy", "safetensors": "safetensors"}
-    versions = {name: metadata.version(package) for name, package in packages.items()}
+    packages = {"pyro": "pyro-ppl", "numpy": "numpy", "safetensors": "safetensors"}
+    # Only torch itself knows its build: the metadata of a CUDA wheel do not.
+    versions = {"torch": str(torch.__version__)} | {
+        name: metadata.version(package) for name, package in packages.items()
+    }
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "versions": {"pvae": pvae.__version__, "python": platform.python_version(), **versions},
