@@ -1,7 +1,7 @@
 """What synthetic sets share: parts of given sizes, and the log-density of Gaussians on many centres."""
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,19 +10,39 @@ from torch import Tensor
 
 from ._request import Request
 from ._seeds import derive_seed
+from .dataset import Source
 from .errors import DataError
 
-__all__ = ["Draw", "draw_parts", "isotropic_log_density", "positive"]
-
-Draw = Callable[[np.random.Generator, int], tuple[NDArray[np.float64], NDArray[np.int64] | None]]
+__all__ = ["Truth", "isotropic_log_density", "known_source", "positive"]
 
 # Rows times centres held at once while a density is computed.
 _BUDGET = 4_000_000
+# Size of the validation part when none is asked for.
+_NUM_VALID = 2_000
 
 
-def draw_parts(
-    request: Request, draw: Draw, *, num_train: int, num_test: int, num_valid: int = 2_000
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+class Truth(Protocol):
+    """What synthetic data are drawn from: a sampler and its exact log-density."""
+
+    def draw(
+        self, generator: np.random.Generator, n: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
+        """Draw ``n`` data, ``(n, D)``, and their labels ``(n,)`` or ``None``."""
+        ...
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """Return log p(x) in nats, ``(*batch, D) -> (*batch,)``."""
+        ...
+
+
+def known_source(
+    request: Request,
+    truth: Truth,
+    *,
+    num_train: int,
+    num_test: int,
+    class_names: tuple[str, ...] | None = None,
+) -> Source:
     """Draw each part from a stream of its own, so that its size does not change the others.
 
     Values are rounded to multiples of 2^-20, far below any noise here and far above the last digits in which
@@ -30,14 +50,14 @@ def draw_parts(
 
     Args:
         request: What is asked for.
-        draw: Draws ``n`` data, ``(n, D)``, and their labels ``(n,)`` or ``None``.
+        truth: What is drawn from.
         num_train: Size of the training part.
         num_test: Size of the test part.
-        num_valid: Size of the validation part when none is asked for.
+        class_names: Name of each label.
     """
     sizes = {
         "train": num_train,
-        "valid": num_valid if request.valid is None else request.valid,
+        "valid": _NUM_VALID if request.valid is None else request.valid,
         "test": num_test,
     }
     for part, size in sizes.items():
@@ -46,10 +66,20 @@ def draw_parts(
     parts: dict[str, tuple[Tensor, Tensor | None]] = {}
     for part, size in sizes.items():
         if size > 0:
-            x, y = draw(np.random.default_rng(derive_seed(request.name, request.seed, part)), size)
+            x, y = truth.draw(np.random.default_rng(derive_seed(request.name, request.seed, part)), size)
             rounded = torch.from_numpy(np.round(x * 2.0**20) / 2.0**20).to(torch.float32)
             parts[part] = (rounded, None if y is None else torch.from_numpy(y.astype(np.int64)))
-    return parts
+    return Source(
+        kind="real",
+        levels=None,
+        binarize=None,
+        split="independent draws",
+        seeded=True,
+        parts=parts,
+        class_names=class_names,
+        log_density=truth.log_density,
+        truth=truth,
+    )
 
 
 def positive(**values: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._request import Request
 from ._seeds import derive_seed
-from ._synthetic import draw_parts, isotropic_log_density, positive
+from ._synthetic import isotropic_log_density, known_source, positive
 from .dataset import Source
 from .errors import DataError
 
@@ -73,14 +73,10 @@ def gaussian_mixture(
     else:
         raise DataError(f"layout must be 'ring' or 'random', got {layout!r}")
     truth = GaussianMixture2D(centres, std)
-    return Source(
-        kind="real",
-        levels=None,
-        binarize=None,
-        split="independent draws",
-        seeded=True,
-        parts=draw_parts(request, truth.draw, num_train=num_train, num_test=num_test),
+    return known_source(
+        request,
+        truth,
+        num_train=num_train,
+        num_test=num_test,
         class_names=tuple(str(component) for component in range(components)),
-        log_density=truth.log_density,
-        truth=truth,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._request import Request
 from ._seeds import derive_seed
-from ._synthetic import draw_parts, positive
+from ._synthetic import known_source, positive
 from .dataset import Source
 
 __all__ = ["PPCA", "ppca"]
@@ -78,13 +78,4 @@ def ppca(
     generator = np.random.default_rng(derive_seed(request.name, request.seed, "parameters"))
     W = torch.from_numpy(generator.standard_normal((x_dim, z_dim)))
     truth = PPCA(W, torch.from_numpy(generator.standard_normal(x_dim)), noise)
-    return Source(
-        kind="real",
-        levels=None,
-        binarize=None,
-        split="independent draws",
-        seeded=True,
-        parts=draw_parts(request, truth.draw, num_train=num_train, num_test=num_test),
-        log_density=truth.log_density,
-        truth=truth,
-    )
+    return known_source(request, truth, num_train=num_train, num_test=num_test)

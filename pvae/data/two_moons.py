@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._request import Request
-from ._synthetic import draw_parts, isotropic_log_density, positive
+from ._synthetic import isotropic_log_density, known_source, positive
 from .dataset import Source
 
 __all__ = ["TwoMoons", "two_moons"]
@@ -64,16 +64,8 @@ def two_moons(
     """
     positive(noise=noise)
     truth = TwoMoons(noise)
-    return Source(
-        kind="real",
-        levels=None,
-        binarize=None,
-        split="independent draws",
-        seeded=True,
-        parts=draw_parts(request, truth.draw, num_train=num_train, num_test=num_test),
-        class_names=("upper", "lower"),
-        log_density=truth.log_density,
-        truth=truth,
+    return known_source(
+        request, truth, num_train=num_train, num_test=num_test, class_names=("upper", "lower")
     )
 
 

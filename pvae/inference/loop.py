@@ -104,7 +104,7 @@ class Loop:
                             break
                 self._end_of_interval(report)
                 if asked.is_set():
-                    self._save("last")
+                    self._save()
                     raise KeyboardInterrupt
                 if trainer.step_count % self.per_epoch == 0:
                     batches = self._batches(trainer.step_count // self.per_epoch, 0)
@@ -131,7 +131,7 @@ class Loop:
             with (self.run.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if time.monotonic() - self.saved >= self.checkpoint_every:
-            self._save("last")
+            self._save()
         report(step, _sentence(row))
         for callback in self.callbacks:
             callback(self.run, row)
@@ -183,7 +183,7 @@ class Loop:
         """Leave the averaged or the best parameters in the programs, and save them."""
         trainer = self.trainer
         if self.run.out is not None:
-            self._save("last")
+            self._save()
         if trainer.averages:
             trainer.use(trainer.averages)
         if self.patience is not None and self.best_state:
@@ -198,7 +198,7 @@ class Loop:
             }
             checkpoint.save(self.run.out, "final", program_state(trainer.model, trainer.guide), meta)
 
-    def _save(self, which: str) -> None:
+    def _save(self) -> None:
         out = self.run.out
         if out is None:
             return
@@ -212,7 +212,7 @@ class Loop:
         if self.best_state:
             best = {"step": self.best_step, "valid_loss": self.run.best}
             checkpoint.save(out, "best", self.best_state, best)
-        checkpoint.save(out, which, tensors, meta)
+        checkpoint.save(out, "last", tensors, meta)
         self.saved = time.monotonic()
 
     def _restore(self, out: Path) -> None:

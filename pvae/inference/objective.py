@@ -108,8 +108,8 @@ class ELBO(pyro.infer.ELBO):
             **kwargs: Keyword arguments of both.
 
         Raises:
-            ValueError: If a latent of the guide has no reparameterised sample, a latent of the model is not
-                in the guide, or a site lies outside the plate over the data.
+            ValueError: If a latent of the guide has no reparameterised sample, model and guide have other
+                latents, or a site lies outside the plate over the data.
         """
         shape = self._log_prob_shape(len(args[0]))
         # The recorder stands outside the plate, which would otherwise not broadcast a replayed site.
@@ -191,8 +191,6 @@ class ELBO(pyro.infer.ELBO):
         factors = {s.name: s.scaled_log_prob() for s in p.values() if s.is_factor}
         factors |= {s.name: -s.scaled_log_prob() for s in q.values() if s.is_factor}
         ratios = {s.name: self._ratio(s, q[s.name]) for s in p.values() if not s.observed}
-        # An auxiliary variable of the guide alone counts with its density under the guide.
-        ratios |= {s.name: _log_q(s) for s in q.values() if not s.observed and s.name not in p}
         return _sum(log_x), factors, ratios
 
     def _ratio(self, p: Site, q: Site) -> Tensor:
@@ -248,5 +246,9 @@ def _check_programs(p: dict[str, Site], q: dict[str, Site], shape: tuple[int, ..
     missing = [name for name, site in p.items() if not site.observed and name not in q]
     if missing:
         raise ValueError(f"the guide must sample every latent site of the model, {missing[0]!r} is missing")
+    extra = [name for name, site in q.items() if not site.observed and name not in p]
+    if extra:
+        # Its density under the guide alone would make the objective no bound on log p(x).
+        raise ValueError(f"the model must have every latent site of the guide, {extra[0]!r} is missing")
     if not any(site.observed and not site.is_factor for site in p.values()):
         raise ValueError("the model must observe at least one site, got none")

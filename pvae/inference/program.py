@@ -43,18 +43,15 @@ class Site:
 
     def log_prob(self) -> Tensor:
         """Log-density of the value in nats, masked but not scaled; shape: the site's batch shape."""
-        return self._masked(self.fn.log_prob(self.value))
+        return scale_and_mask(self.fn.log_prob(self.value), 1.0, self.mask)
 
     def scaled_log_prob(self) -> Tensor:
         """Log-density with the scale that ``poutine.scale`` or a subsampling plate put on the site."""
-        return scale_and_mask(self.fn.log_prob(self.value), self.scale, self.mask)
+        return self.scaled(self.fn.log_prob(self.value))
 
     def scaled(self, log_prob: Tensor) -> Tensor:
         """Put the site's scale and mask on a quantity of the site's batch shape."""
         return scale_and_mask(log_prob, self.scale, self.mask)
-
-    def _masked(self, log_prob: Tensor) -> Tensor:
-        return scale_and_mask(log_prob, 1.0, self.mask)
 
 
 class SiteRecorder(Messenger):

@@ -182,6 +182,20 @@ def test_a_latent_that_the_guide_lacks_is_refused() -> None:
         ELBO().loss(LinearModel(ladder=True), LinearGuide(), torch.randn(4, 5))
 
 
+def test_a_latent_that_the_model_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the model must have every latent site of the guide, 'z_2'"):
+        ELBO().loss(LinearModel(), Both(), torch.randn(4, 5))
+
+
+class Both(LinearGuide):
+    """Draws z and a latent that the model does not know."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        with pyro.plate("more", len(x), dim=-1):
+            pyro.sample("z_2", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
