@@ -5,9 +5,12 @@ from .conv_encoder import ConvEncoder
 from .coupling import CouplingNet
 from .encoder import LOG_VAR_RANGE, Encoder
 from .gated import GatedLinear
+from .labels import LabelEmbedding, LabelSpace
 from .mlp import MLP
 from .mlp_decoder import MLPDecoder
 from .mlp_encoder import MLPEncoder
+from .standardise import standardise_
+from .whitened import WhitenedDecoder, WhitenedEncoder
 
 __all__ = [
     "LOG_VAR_RANGE",
@@ -17,6 +20,11 @@ __all__ = [
     "CouplingNet",
     "Encoder",
     "GatedLinear",
+    "LabelEmbedding",
+    "LabelSpace",
     "MLPDecoder",
     "MLPEncoder",
+    "WhitenedDecoder",
+    "WhitenedEncoder",
+    "standardise_",
 ]

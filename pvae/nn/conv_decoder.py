@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from .activation import activation_layer
 from .conv_encoder import group_norm, halved
+from .labels import LabelEmbedding, embedded
 from .leading import check_event, check_size, check_sizes, flatten_leading
+from .mlp import through
 
 __all__ = ["ConvDecoder"]
 
@@ -24,6 +26,7 @@ class ConvDecoder(nn.Module):
         channels: Channels from the smallest planes to the largest, each at least 2.
         h_dim: Width of the first, fully connected layer.
         activation: One of relu, tanh, silu, elu, gelu, softplus.
+        labels: Embedding of labels that the first layer sees beside z; ``None`` for z alone.
 
     Raises:
         TypeError: If a size is not an int.
@@ -38,6 +41,7 @@ class ConvDecoder(nn.Module):
         channels: Sequence[int] = (64, 32),
         h_dim: int = 256,
         activation: str = "silu",
+        labels: LabelEmbedding | None = None,
     ) -> None:
         super().__init__()
         self.z_dim = check_size("z_dim", z_dim)
@@ -50,8 +54,10 @@ class ConvDecoder(nn.Module):
             sizes.append((halved(sizes[-1][0]), halved(sizes[-1][1])))
         self._first = (widths[0], *sizes.pop())
         planes, height, width = self._first
+        self.labels = labels
+        in_dim = self.z_dim + (0 if labels is None else labels.dim)
         self.expand = nn.Sequential(
-            nn.Linear(self.z_dim, check_size("h_dim", h_dim)),
+            nn.Linear(in_dim, check_size("h_dim", h_dim)),
             activation_layer(activation),
             nn.Linear(h_dim, planes * height * width),
         )
@@ -68,13 +74,21 @@ class ConvDecoder(nn.Module):
             planes = out
         self.conv = nn.Sequential(*layers, nn.Conv2d(planes, self.out_shape[0], 3, padding=1))
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Map ``z`` ``(*batch, z_dim)`` to ``(*batch, C_out, H, W)``.
+    @property
+    def input_layer(self) -> nn.Linear:
+        """The linear layer that reads z, in its first ``z_dim`` columns."""
+        layer = self.expand[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Map ``z`` ``(*batch, z_dim)``, and the labels if it sees them, to ``(*batch, C_out, H, W)``.
 
         Raises:
-            ValueError: If the last dimension of ``z`` is not ``z_dim``.
+            ValueError: If the last dimension of ``z`` is not ``z_dim``, or labels are missing.
         """
         check_event("z", z, (self.z_dim,))
-        flat, batch = flatten_leading(z, event_dim=1)
-        planes = self.expand(flat).unflatten(-1, self._first)
+        context = None if self.labels is None else embedded(self.labels, y, "ConvDecoder")
+        flat, batch = flatten_leading(through(self.expand, z, context), event_dim=1)
+        planes = flat.unflatten(-1, self._first)
         return self.conv(planes).reshape(*batch, *self.out_shape)

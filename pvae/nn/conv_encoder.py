@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .activation import activation_layer
 from .encoder import Encoder
+from .labels import LabelEmbedding
 from .leading import check_event, check_sizes, flatten_leading
 
 __all__ = ["ConvEncoder", "group_norm", "halved"]
@@ -23,6 +25,8 @@ class ConvEncoder(Encoder):
         channels: Channels of the convolutions, each at least 2.
         h_dim: Size of the features, an activated linear map of the last feature planes.
         activation: One of relu, tanh, silu, elu, gelu, softplus.
+        labels: Embedding of labels, which a linear map turns into one more plane of the image
+            (arXiv:2511.08946, the author's code); ``None`` for x alone.
 
     Raises:
         TypeError: If a size is not an int.
@@ -37,9 +41,12 @@ class ConvEncoder(Encoder):
         channels: Sequence[int] = (32, 64),
         h_dim: int = 256,
         activation: str = "silu",
+        labels: LabelEmbedding | None = None,
     ) -> None:
-        super().__init__(check_sizes("x_shape", x_shape, length=3), z_dim, h_dim)
+        super().__init__(check_sizes("x_shape", x_shape, length=3), z_dim, h_dim, labels)
         planes, *size = self.x_shape
+        self.plane = None if labels is None else nn.Linear(labels.dim, size[0] * size[1])
+        planes += self.plane is not None
         layers: list[nn.Module] = []
         for width in check_sizes("channels", channels):
             layers += [
@@ -53,13 +60,18 @@ class ConvEncoder(Encoder):
             nn.Flatten(), nn.Linear(planes * size[0] * size[1], self.h_dim), activation_layer(activation)
         )
 
-    def features(self, x: Tensor) -> Tensor:
-        """Map ``x`` ``(*batch, C, H, W)`` to features ``(*batch, h_dim)``.
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Map ``x`` ``(*batch, C, H, W)`` and labels to features ``(*batch, h_dim)``.
 
         Raises:
-            ValueError: If the rightmost dimensions of ``x`` are not ``x_shape``.
+            ValueError: If the rightmost dimensions of ``x`` are not ``x_shape``, or labels are missing.
         """
         check_event("x", x, self.x_shape)
+        context = self.context(y)
+        if context is not None and self.plane is not None:
+            plane = self.plane(context).unflatten(-1, (1, *self.x_shape[1:]))
+            batch = torch.broadcast_shapes(x.shape[:-3], plane.shape[:-3])
+            x = torch.cat([t.expand(*batch, *t.shape[-3:]) for t in (x, plane)], dim=-3)
         flat, batch = flatten_leading(x, event_dim=3)
         return self.project(self.conv(flat)).reshape(*batch, self.h_dim)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pvae.ops import soft_clamp
 
+from .labels import LabelEmbedding, embedded
 from .leading import check_size, check_sizes
 
 __all__ = ["LOG_VAR_RANGE", "Encoder"]
@@ -28,28 +29,41 @@ class Encoder(nn.Module, ABC):
         x_shape: Shape of one datum.
         z_dim: Size of z.
         h_dim: Size of the features.
+        labels: Embedding of the labels that the encoder sees beside x; ``None`` for x alone.
 
     Attributes:
         x_shape: Shape of one datum.
         z_dim: Size of z.
         h_dim: Size of the features.
+        labels: The embedding, or ``None``.
 
     Raises:
         TypeError: If a size is not an int.
         ValueError: If a size is not positive.
     """
 
-    def __init__(self, x_shape: Sequence[int], z_dim: int, h_dim: int) -> None:
+    def __init__(
+        self, x_shape: Sequence[int], z_dim: int, h_dim: int, labels: LabelEmbedding | None = None
+    ) -> None:
         super().__init__()
         self.x_shape = check_sizes("x_shape", x_shape)
         self.z_dim = check_size("z_dim", z_dim)
         self.h_dim = check_size("h_dim", h_dim)
+        self.labels = labels
         # Both heads in one matrix: rows [0, z_dim) give the location, the others the log-variance.
         self.head = nn.Linear(self.h_dim, 2 * self.z_dim)
 
     @abstractmethod
-    def features(self, x: Tensor) -> Tensor:
-        """Map ``x`` ``(*batch, *x_shape)`` to features ``(*batch, h_dim)``."""
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Map ``x`` ``(*batch, *x_shape)``, and the labels if it sees them, to ``(*batch, h_dim)``."""
+
+    def context(self, y: Tensor | None) -> Tensor | None:
+        """Embed the labels, shape ``(*batch, labels.dim)``; an encoder of x alone passes them over.
+
+        Raises:
+            ValueError: If the encoder sees labels and none are given.
+        """
+        return None if self.labels is None else embedded(self.labels, y, type(self).__name__)
 
     def heads(self, h: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map features to the location and scale of z.
@@ -66,10 +80,15 @@ class Encoder(nn.Module, ABC):
         loc, log_var = self.head(h).chunk(2, dim=-1)
         return loc, torch.exp(0.5 * soft_clamp(log_var, *LOG_VAR_RANGE))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map ``x`` ``(*batch, *x_shape)`` to ``loc`` and ``scale``, each ``(*batch, z_dim)``.
 
+        Args:
+            x: Data.
+            y: Labels; an encoder of x alone passes them over.
+
         Raises:
-            ValueError: If the rightmost dimensions of ``x`` are not ``x_shape``.
+            ValueError: If the rightmost dimensions of ``x`` are not ``x_shape``, or the encoder sees labels
+                and none are given.
         """
-        return self.heads(self.features(x))
+        return self.heads(self.features(x, y))

@@ -25,7 +25,11 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``(*batch, in_dim)`` to ``(*batch, out_dim)``."""
-        value, gate = self.linear(x).chunk(2, dim=-1)
+        return self.gate(self.linear(x))
+
+    def gate(self, both: Tensor) -> Tensor:
+        """Gate the linear map's output ``(*batch, 2 * out_dim)``, ``(*batch, out_dim)``."""
+        value, gate = both.chunk(2, dim=-1)
         # Written out, as F.glu has no derivative in reverse over forward mode.
         return value * gate.sigmoid()
 

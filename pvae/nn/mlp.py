@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .activation import activation_layer
 from .gated import GatedLinear, he_normal_
 from .leading import check_event, check_size, check_sizes
 
-__all__ = ["MLP", "hidden_layers"]
+__all__ = ["MLP", "affine", "hidden_layers", "through"]
 
 
 class MLP(nn.Module):
@@ -47,14 +49,20 @@ class MLP(nn.Module):
         if gated:
             he_normal_(self.out)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Map ``x`` ``(*batch, in_dim)`` to ``(*batch, out_dim)``.
 
+        Args:
+            x: Input, or its first part.
+            context: The rest of the input, whose leading dimensions broadcast against those of ``x``.
+
         Raises:
-            ValueError: If the last dimension of ``x`` is not ``in_dim``.
+            ValueError: If the last dimension of ``x``, with that of ``context``, is not ``in_dim``.
         """
-        check_event("x", x, (self.in_dim,))
-        return self.out(self.hidden(x))
+        check_event("x", x, (self.in_dim - (0 if context is None else context.shape[-1]),))
+        if not len(self.hidden):
+            return affine(self.out, x, context)
+        return self.out(through(self.hidden, x, context))
 
 
 def hidden_layers(in_dim: int, hidden: Sequence[int], activation: str, gated: bool) -> nn.Sequential:
@@ -67,3 +75,37 @@ def hidden_layers(in_dim: int, hidden: Sequence[int], activation: str, gated: bo
             layers += [nn.Linear(in_dim, width), activation_layer(activation)]
         in_dim = width
     return nn.Sequential(*layers)
+
+
+def through(layers: nn.Sequential, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Send ``x`` through hidden layers whose first one sees ``context`` beside it.
+
+    The same as concatenation, whose copy of the context for each particle is not made: the first layer's
+    product is taken in two parts, and the part of the context is small.
+
+    Args:
+        layers: What :func:`hidden_layers` returned for ``in_dim + context_dim`` inputs, or layers like it.
+        x: Shape ``(*batch, in_dim)``.
+        context: Shape ``(*batch, context_dim)``; leading dimensions broadcast against those of ``x``.
+
+    Returns:
+        Shape ``(*batch, out_dim)``.
+    """
+    if context is None:
+        return layers(x)
+    if not len(layers):
+        batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        return torch.cat([t.expand(*batch, t.shape[-1]) for t in (x, context)], dim=-1)
+    first, rest = layers[0], layers[1:]
+    if isinstance(first, GatedLinear):
+        return rest(first.gate(affine(first.linear, x, context)))
+    assert isinstance(first, nn.Linear)
+    return rest(affine(first, x, context))
+
+
+def affine(linear: nn.Linear, x: Tensor, context: Tensor | None) -> Tensor:
+    """Apply ``linear`` to ``x`` and ``context`` side by side, without putting them there."""
+    if context is None:
+        return linear(x)
+    weight, in_dim = linear.weight, x.shape[-1]
+    return F.linear(x, weight[:, :in_dim]) + F.linear(context, weight[:, in_dim:], linear.bias)

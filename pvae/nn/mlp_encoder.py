@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .encoder import Encoder
 from .gated import he_normal_
+from .labels import LabelEmbedding
 from .leading import check_event, check_sizes
-from .mlp import hidden_layers
+from .mlp import hidden_layers, through
 
 __all__ = ["MLPEncoder"]
 
@@ -22,6 +23,7 @@ class MLPEncoder(Encoder):
         hidden: Widths of the hidden layers; with none the features are x itself.
         activation: One of relu, tanh, silu, elu, gelu, softplus. Not used if ``gated``.
         gated: Gated hidden layers and He initialisation, as in :class:`~pvae.nn.MLP`.
+        labels: Embedding of labels that the first layer sees beside x; ``None`` for x alone.
 
     Raises:
         TypeError: If a size is not an int.
@@ -35,18 +37,19 @@ class MLPEncoder(Encoder):
         hidden: Sequence[int] = (256,),
         activation: str = "relu",
         gated: bool = False,
+        labels: LabelEmbedding | None = None,
     ) -> None:
-        x_dim = math.prod(check_sizes("x_shape", x_shape))
-        super().__init__(x_shape, z_dim, h_dim=[x_dim, *check_sizes("hidden", hidden)][-1])
-        self.hidden = hidden_layers(x_dim, hidden, activation, gated)
+        in_dim = math.prod(check_sizes("x_shape", x_shape)) + (0 if labels is None else labels.dim)
+        super().__init__(x_shape, z_dim, [in_dim, *check_sizes("hidden", hidden)][-1], labels)
+        self.hidden = hidden_layers(in_dim, hidden, activation, gated)
         if gated:
             he_normal_(self.head)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Map ``x`` ``(*batch, *x_shape)`` to features ``(*batch, h_dim)``.
+    def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Map ``x`` ``(*batch, *x_shape)`` and labels to features ``(*batch, h_dim)``.
 
         Raises:
-            ValueError: If the rightmost dimensions of ``x`` are not ``x_shape``.
+            ValueError: If the rightmost dimensions of ``x`` are not ``x_shape``, or labels are missing.
         """
         check_event("x", x, self.x_shape)
-        return self.hidden(x.flatten(x.ndim - len(self.x_shape)))
+        return through(self.hidden, x.flatten(x.ndim - len(self.x_shape)), self.context(y))
