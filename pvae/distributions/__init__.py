@@ -1,20 +1,29 @@
 """Distributions that Pyro lacks, or gets wrong in single precision; no parameters of their own."""
 
 from .affine_coupling import AffineCoupling
+from .analytic_entropy_normal import AnalyticEntropyNormal
+from .code_mixture import CodeMixture, KLMode
 from .continuous_bernoulli import ContinuousBernoulli
 from .discretized_logistic_mixture import DiscretizedLogisticMixture, LevelGrid
+from .flow_normal import FlowNormal
 from .independent_bernoulli import IndependentBernoulli
 from .level_categorical import LevelCategorical
 from .negative_binomial import NegativeBinomial
 from .normal_mixture import NormalMixture
+from .point_mass import PointMass
 
 __all__ = [
     "AffineCoupling",
+    "AnalyticEntropyNormal",
+    "CodeMixture",
     "ContinuousBernoulli",
     "DiscretizedLogisticMixture",
+    "FlowNormal",
     "IndependentBernoulli",
+    "KLMode",
     "LevelCategorical",
     "LevelGrid",
     "NegativeBinomial",
     "NormalMixture",
+    "PointMass",
 ]

@@ -59,10 +59,21 @@ class AffineCoupling(Transform):
             raise ValueError(f"bound must be positive or None, got {bound}")
         self.net, self.mask, self.context, self.bound = net, mask, context, bound
 
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x`` and return the log absolute Jacobian determinant with it, for one call of the network.
+
+        Args:
+            x: Shape ``(*batch, z_dim)``.
+
+        Returns:
+            The image, shape ``(*batch, z_dim)``, and the log-determinant in nats, shape ``(*batch)``.
+        """
+        shift, log_scale = self._conditioner(x)
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale.sum(-1)
+
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Log absolute Jacobian determinant of the map at ``x``, shape ``(*batch)``; ``y`` is not needed."""
-        _, log_scale = self._conditioner(x)
-        return log_scale.masked_fill(self.mask, 0.0).sum(-1)
+        return self._conditioner(x)[1].sum(-1)
 
     def with_cache(self, cache_size: int = 1) -> Self:
         """Return this very transform: it never caches."""
@@ -80,19 +91,20 @@ class AffineCoupling(Transform):
         return self.forward_shape(shape)
 
     def _call(self, x: Tensor) -> Tensor:
-        shift, log_scale = self._conditioner(x)
-        return torch.where(self.mask, x, x * log_scale.exp() + shift)
+        return self.call_and_ladj(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
         # The masked coordinates are the same on both sides, hence so are shift and scale.
         shift, log_scale = self._conditioner(y)
-        return torch.where(self.mask, y, (y - shift) * torch.exp(-log_scale))
+        return (y - shift) * torch.exp(-log_scale)
 
     def _conditioner(self, z: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.net(z.masked_fill(~self.mask, 0.0), self.context)
         if self.bound is not None:
             log_scale = self.bound * torch.tanh(log_scale / self.bound)
-        return shift, log_scale
+        # Zeros inside the mask, where z * exp(0) + 0 is z to the bit: the network's outputs there count for
+        # nothing, and cannot overflow on their way to nowhere.
+        return shift.masked_fill(self.mask, 0.0), log_scale.masked_fill(self.mask, 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # The context may be the output of an encoder, and torch refuses to copy what is inside a graph.

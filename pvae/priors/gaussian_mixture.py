@@ -30,6 +30,8 @@ class GaussianMixture(nn.Module):
         ValueError: If a size is not positive.
     """
 
+    conditional = False
+
     def __init__(self, z_dim: int, components: int = 10) -> None:
         super().__init__()
         if z_dim < 1 or components < 1:

@@ -19,6 +19,7 @@ class StandardNormal(nn.Module):
         ValueError: If ``z_dim`` is not positive.
     """
 
+    conditional = False
     loc: Tensor
 
     def __init__(self, z_dim: int) -> None:

@@ -28,6 +28,8 @@ class VampPrior(nn.Module):
             gradient would be zero for ever).
     """
 
+    conditional = False
+
     def __init__(
         self,
         encoder: Callable[[Tensor], tuple[Tensor, Tensor]],

@@ -102,9 +102,16 @@ MUTATIONS = (
     Mutation(
         "wrong sign in the coupling's log-determinant",
         "pvae/distributions/affine_coupling.py",
-        "return log_scale.masked_fill(self.mask, 0.0).sum(-1)",
-        "return -log_scale.masked_fill(self.mask, 0.0).sum(-1)",
+        "return self._conditioner(x)[1].sum(-1)",
+        "return -self._conditioner(x)[1].sum(-1)",
         (_OURS, "affine_coupling"),
+    ),
+    Mutation(
+        "wrong sign in the flow prior's log-determinant",
+        "pvae/distributions/affine_coupling.py",
+        "log_scale.exp()), log_scale.sum(-1)",
+        "log_scale.exp()), -log_scale.sum(-1)",
+        (_OURS, "flow_normal"),
     ),
     Mutation(
         "coupling inverted with the scale not undone",

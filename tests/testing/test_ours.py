@@ -7,15 +7,18 @@ from torch import Tensor
 
 from pvae.distributions import (
     AffineCoupling,
+    AnalyticEntropyNormal,
+    CodeMixture,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,
+    FlowNormal,
     IndependentBernoulli,
     LevelCategorical,
     NegativeBinomial,
     NormalMixture,
 )
 from pvae.nn import CouplingNet
-from pvae.priors import GaussianMixture, StandardNormal, VampPrior
+from pvae.priors import CodePrior, CodeStats, CouplingFlow, GaussianMixture, StandardNormal, VampPrior
 from pvae.testing import check_distribution
 
 
@@ -40,6 +43,14 @@ def test_discretized_logistic_mixture(channels: int, levels: int) -> None:
     skip = ["moments"] if channels == 3 else []
     report = check_distribution(logistic_mixture(channels, levels=levels), values=values, skip=skip)
     assert {"integrates to 1", "sampler follows density", "float32"} <= set(report.applied)
+
+
+@pytest.mark.parametrize(("z_dim", "batch"), [(1, 3), (2, 2), (4, 1)])
+def test_analytic_entropy_normal(z_dim: int, batch: int) -> None:
+    q = AnalyticEntropyNormal(random(batch, z_dim), 0.3 + random(batch, z_dim, seed=1).abs())
+    report = check_distribution(q)
+    wanted = {"parameter gradients", "integrates to 1", "sampler follows density", "moments"}
+    assert wanted | {"pathwise gradient"} <= set(report.applied)
 
 
 def test_continuous_bernoulli() -> None:
@@ -70,6 +81,30 @@ def test_normal_mixture(z_dim: int) -> None:
     assert {"integrates to 1", "sampler follows density", "moments"} <= set(report.applied)
 
 
+@pytest.mark.parametrize("covariance", ["diag", "full"])
+@pytest.mark.parametrize("z_dim", [1, 2, 4])
+def test_code_mixture(z_dim: int, covariance: str) -> None:
+    logits, loc, scale = random(3), 2 * random(3, z_dim, seed=1), 0.3 + random(3, z_dim, seed=2).abs()
+    if covariance == "diag":
+        mixture = CodeMixture(logits, loc, scale)
+    else:
+        lower = 0.5 * random(3, z_dim, z_dim, seed=3).tril(-1)
+        mixture = CodeMixture(logits, loc, scale_tril=lower + torch.diag_embed(scale))
+    report = check_distribution(mixture)
+    wanted = {"parameter gradients", "float32", "integrates to 1", "sampler follows density", "moments"}
+    assert wanted <= set(report.applied)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("variant", ["diag", "full", "gmm", "kde", "marginal", "paired"])
+def test_code_prior(variant: str, learn: bool) -> None:
+    stats = CodeStats(2, "full")
+    stats.update(random(60, 2) @ random(2, 2, seed=1) + random(2, seed=2))
+    prior = CodePrior(2, variant, components=3, num_codes=20, learn=learn)  # type: ignore[arg-type]
+    report = check_distribution(prior.double().fit_(stats)())
+    assert {"integrates to 1", "sampler follows density", "moments"} <= set(report.applied)
+
+
 @pytest.mark.parametrize(("z_dim", "batch"), [(2, 1), (2, 3), (5, 1)])
 def test_affine_coupling(z_dim: int, batch: int) -> None:
     context = random(batch, 4)
@@ -83,6 +118,26 @@ def test_affine_coupling(z_dim: int, batch: int) -> None:
     base = dist.Normal(context.new_zeros(z_dim), 1.0).to_event(1)
     report = check_distribution(dist.TransformedDistribution(base, couplings))
     assert {"log-determinant", "integrates to 1", "sampler follows density"} <= set(report.applied)
+
+
+@pytest.mark.parametrize(("z_dim", "batch"), [(2, 1), (3, 2)])
+def test_flow_normal(z_dim: int, batch: int) -> None:
+    context = random(batch, 4)
+    flow = CouplingFlow(z_dim, 3, context_dim=4, hidden=8, masks="halves").double()
+    with torch.no_grad():
+        for i, parameter in enumerate(flow.parameters()):
+            parameter.copy_(0.5 * random(*parameter.shape, seed=i))
+    loc, scale = random(batch, z_dim), 0.5 + random(z_dim, seed=99).abs()
+    report = check_distribution(FlowNormal(loc, scale, flow.condition(context)))
+    assert {"log-determinant", "integrates to 1", "sampler follows density"} <= set(report.applied)
+
+    def made(loc: Tensor, scale: Tensor, context: Tensor) -> FlowNormal:
+        return FlowNormal(loc, scale, flow.condition(context))
+
+    # The weights, which are no argument, stay in double precision.
+    parameters = {"loc": loc, "scale": scale, "context": context}
+    report = check_distribution(made, parameters, skip=["float32"])
+    assert {"parameter gradients", "pathwise gradient"} <= set(report.applied)
 
 
 class Linear(torch.nn.Module):
