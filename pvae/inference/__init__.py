@@ -1,5 +1,6 @@
 """Training: objectives, the loop, schedules and checkpoints."""
 
+from .calibrate import measure_sigma
 from .checkpoint import CheckpointError, load_parameters
 from .fit import fit
 from .loop import Run
@@ -15,5 +16,6 @@ __all__ = [
     "Trainer",
     "fit",
     "load_parameters",
+    "measure_sigma",
     "registered",
 ]

@@ -85,9 +85,11 @@ class GraphEngine:
         def traced(trained: Any, held: Any, args: Any, beta: Any) -> Any:
             return self._loss_and_gradients(trained, held, args, beta)
 
-        # Tracing runs the programs once: its draws must not be missing from the training run.
-        with isolated_rng(inputs[3].device):
-            graph = make_fx(traced)(*inputs)
+        trained, held, args, beta = inputs
+        # Tracing runs the programs once: its draws must not be missing from the training run, nor what it
+        # does to buffers (running statistics) be in it. The graph does the same to those it is given.
+        with isolated_rng(beta.device):
+            graph = make_fx(traced)(trained, [t.detach().clone() for t in held], args, beta)
         self.names = self._pair.names
         if not self._compile:
             return graph

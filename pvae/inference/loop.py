@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pvae.data import Batch, Split
 
 from . import checkpoint
+from .calibrate import measure_sigma
 from .isolation import evaluating, isolated_rng
 from .program import load_program_state, program_state
 from .progress import Reporter
@@ -180,7 +181,7 @@ class Loop:
         return self.patience is not None and self.waited >= self.patience
 
     def _finish(self) -> None:
-        """Leave the averaged or the best parameters in the programs, and save them."""
+        """Leave the averaged or the best parameters in the programs, measure sigma there, and save all."""
         trainer = self.trainer
         if self.run.out is not None:
             self._save()
@@ -188,6 +189,9 @@ class Loop:
             trainer.use(trainer.averages)
         if self.patience is not None and self.best_state:
             load_program_state(trainer.model, trainer.guide, self.best_state)
+        if getattr(getattr(trainer.model, "likelihood", None), "profiled", False):
+            # At the parameters that remain, which may be other ones than the last batches were fitted with.
+            measure_sigma(trainer.model, trainer.guide, self.train, seed=self.seed)
         trainer.model.eval()
         trainer.guide.eval()
         if self.run.out is not None:

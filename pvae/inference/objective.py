@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pyro.infer
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.util import torch_item
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -109,7 +110,8 @@ class ELBO(pyro.infer.ELBO):
 
         Raises:
             ValueError: If a latent of the guide has no reparameterised sample, model and guide have other
-                latents, or a site lies outside the plate over the data.
+                latents, a site lies outside the plate over the data, or an importance-weighted objective
+                meets a guide that gives the mean of log q in its place.
         """
         shape = self._log_prob_shape(len(args[0]))
         # The recorder stands outside the plate, which would otherwise not broadcast a replayed site.
@@ -119,6 +121,8 @@ class ELBO(pyro.infer.ELBO):
         with SiteRecorder(values) as p, self._plate():
             model(*args, **kwargs)
         _check_programs(p.sites, q.sites, shape)
+        if self.kind in ("iwae", "dreg"):
+            _check_densities(self.kind, q.sites)
         guide_sites = self._held(guide, values, args, kwargs) if self.kind == "dreg" else q.sites
         log_x, factors, ratios = self._log_terms(p.sites, guide_sites)
         reconstruction = -log_x.mean()
@@ -222,12 +226,32 @@ def _square_weights(values: dict[str, Tensor], log_w: Tensor) -> None:
 
 
 def _log_q(site: Site) -> Tensor:
-    """Log q(z), with the gradient of a surrogate where the distribution declares one (``score_parts``)."""
+    """Log q(z), with the gradient of a surrogate where the distribution declares one (``score_parts``).
+
+    Where it declares its entropy analytic, the mean of log q(z) in value too.
+    """
     parts = site.fn.score_parts(site.value)
-    if parts.entropy_term is parts.log_prob:
-        return site.scaled(parts.log_prob)
+    if parts.entropy_term is parts.log_prob or _has_analytic_entropy(site.fn):
+        return site.scaled(parts.entropy_term)
     surrogate = parts.entropy_term - parts.entropy_term.detach()
     return site.scaled(parts.log_prob.detach() + surrogate)
+
+
+def _has_analytic_entropy(fn: Any) -> bool:
+    # These two hand on the terms of what they wrap, but not its attributes.
+    while isinstance(fn, MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return bool(getattr(fn, "analytic_entropy", False))
+
+
+def _check_densities(kind: str, q: dict[str, Site]) -> None:
+    """Refuse a mean of log q inside the logarithm, where the objective would be no bound."""
+    for name, site in q.items():
+        if _has_analytic_entropy(site.fn):
+            raise ValueError(
+                f"objective {kind!r} needs log q(z) at the draw, but guide site {name!r} has an analytic "
+                "entropy: build the guide with entropy='sampled'"
+            )
 
 
 def _check_programs(p: dict[str, Site], q: dict[str, Site], shape: tuple[int, ...]) -> None:

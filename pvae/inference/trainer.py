@@ -16,7 +16,7 @@ from .objective import ELBO
 from .program import SiteRecorder, load_program_state, parameters_of, program_state
 from .schedule import Schedule, schedule, warm_up
 
-__all__ = ["NonFiniteLoss", "OptimizerChoice", "Trainer"]
+__all__ = ["NonFiniteLoss", "OptimizerChoice", "Trainer", "arguments"]
 
 OptimizerChoice = str | Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
@@ -121,7 +121,15 @@ class Trainer:
         if likelihood_check is not None:
             likelihood_check(batch.x)
         args = self.arguments(batch)
-        with isolated_rng(self.device, 0), pyro.validation_enabled(True), torch.no_grad():
+        labels_check = getattr(self.model, "check_labels", None)
+        if labels_check is not None and len(args) > 1:
+            labels_check(args[1])
+        with (
+            isolated_rng(self.device, 0),
+            pyro.validation_enabled(True),
+            torch.no_grad(),
+            _buffers_kept(self.model, self.guide),
+        ):
             with SiteRecorder() as recorder:
                 self.model(*args)
             for name, site in recorder.sites.items():
@@ -135,9 +143,7 @@ class Trainer:
 
     def arguments(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the programs are called with: ``x``, and ``y`` too for a model that says it is conditional."""
-        if batch.y is not None and getattr(self.model, "conditional", False):
-            return batch.x, batch.y
-        return (batch.x,)
+        return arguments(self.model, batch)
 
     def step(self, batch: Batch) -> None:
         """Take one optimisation step; call it inside :meth:`generator`."""
@@ -246,6 +252,24 @@ class Trainer:
             self._losses = losses.new_zeros(self._window, losses.shape[1]).to(self.device)
             self._losses[: len(losses)] = losses.to(self.device)
             self._filled = len(losses)
+
+
+def arguments(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+    """What programs are called with: ``x``, and ``y`` too for a model that says it is conditional."""
+    if batch.y is not None and getattr(model, "conditional", False):
+        return batch.x, batch.y
+    return (batch.x,)
+
+
+@contextmanager
+def _buffers_kept(*programs: nn.Module) -> Iterator[None]:
+    """Give the programs' buffers (running statistics) back as they were after a block."""
+    before = [(buffer, buffer.clone()) for program in programs for buffer in program.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 class _NonFinite(NonFiniteLoss):

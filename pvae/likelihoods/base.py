@@ -20,9 +20,12 @@ class Likelihood(nn.Module, ABC):
             output: 3 where that is ``(B, C, H, W)`` or ``(particles, B, C, H, W)``, 1 where it is ``(D,)``,
             ``(B, D)`` or ``(particles, B, D)``. Set it for other shapes or more
             leading dimensions.
+        profiled: Whether a parameter is fitted to each training batch. A model calls such a likelihood as
+            ``likelihood(params, x)``, and any other as ``likelihood(params)``.
     """
 
     values: frozenset[str]
+    profiled: bool = False
     event_dim: int | None = None
 
     def param_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
@@ -60,6 +63,13 @@ class Likelihood(nn.Module, ABC):
         outside = ~(self._supports(x) & x.isfinite())
         if outside.any():
             raise ValueError(self._refusal(x[outside][0].item()))
+
+    def check_held_out(self) -> None:
+        """Refuse to score held-out data while a parameter is missing. For the doors, not for the loop.
+
+        Raises:
+            ValueError: If a parameter is fitted to each training batch and was never measured.
+        """
 
     @abstractmethod
     def _supports(self, x: Tensor) -> Tensor:

@@ -13,14 +13,21 @@ from pyro.infer.inspect import get_model_relations
 from scipy import stats
 from torch import Tensor, nn
 
+from pvae.distributions import AnalyticEntropyNormal
 from pvae.guides import FlowGuide, FullCovarianceGuide, NormalGuide
 from pvae.inference import registered
 from pvae.likelihoods import Bernoulli
 from pvae.models import VAE
-from pvae.nn import MLPDecoder, MLPEncoder
+from pvae.nn import LabelEmbedding, LabelSpace, MLPDecoder, MLPEncoder
 from pvae.priors import StandardNormal
 
-GUIDES = [NormalGuide, FullCovarianceGuide, FlowGuide]
+
+def analytic(encoder: nn.Module) -> NormalGuide:
+    """The diagonal guide by its entropy in closed form."""
+    return NormalGuide(encoder, entropy="analytic")
+
+
+GUIDES = [NormalGuide, analytic, FullCovarianceGuide, FlowGuide]
 pytestmark = pytest.mark.usefixtures("float64")
 
 
@@ -157,3 +164,56 @@ def test_every_guide_runs_under_stock_pyro(kind: Any) -> None:
     draws = Predictive(model, guide=guide, num_samples=6, parallel=True)(x)
     assert draws["z"].shape == (6, 20, 3)
     assert get_model_relations(model, (x,))["sample_sample"] == {"z": [], "x": ["z"]}
+
+
+def test_the_entropy_of_a_normal_guide_changes_no_density() -> None:
+    x = torch.rand(5, 1, 2, 2)
+    sites = []
+    for kind in (NormalGuide, analytic):
+        guide = make(kind)
+        torch.manual_seed(1)
+        sites.append(site(guide, x))
+    sampled, closed = sites
+    assert type(closed["fn"]) is AnalyticEntropyNormal
+    assert torch.equal(closed["value"], sampled["value"])
+    assert torch.equal(closed["fn"].log_prob(closed["value"]), sampled["fn"].log_prob(sampled["value"]))
+    with pytest.raises(ValueError, match="entropy must be 'sampled' or 'analytic', got 'exact'"):
+        NormalGuide(MLPEncoder((4,), 3), entropy="exact")  # type: ignore[arg-type]
+
+
+class SeesLabels(nn.Module):
+    """An encoder that is none of ours and has a place for labels."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        loc = x if y is None else x + y
+        return loc, torch.ones_like(loc)
+
+
+class SeesData(nn.Module):
+    """An encoder that is none of ours and has no such place."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.ones_like(x)
+
+
+def test_a_normal_guide_shows_labels_to_encoders_that_have_a_place_for_them() -> None:
+    x, y = torch.zeros(5, 3), torch.full((5, 1), 2.0)
+
+    def mean(encoder: Any, *args: Tensor) -> Tensor:
+        return poutine.trace(NormalGuide(encoder)).get_trace(*args).nodes["z"]["fn"].mean
+
+    assert (mean(SeesLabels(), x) == 0).all()
+    assert (mean(SeesLabels(), x, y) == 2).all()
+    assert (mean(SeesData(), x, y) == 0).all()
+    assert (mean(lambda x: (x + 1, x + 1), x, y) == 1).all()
+    assert mean(MLPEncoder((3,), 2), x, y).shape == (5, 2)
+
+
+def test_a_normal_guide_shows_labels_to_an_encoder_that_embeds_them() -> None:
+    encoder = MLPEncoder((3,), 2, hidden=(8,), labels=LabelEmbedding(LabelSpace("class", 3), 4))
+    x, guide = torch.zeros(2, 3), NormalGuide(encoder)
+    one, other = (poutine.trace(guide).get_trace(x, torch.tensor(y)).nodes["z"] for y in ([0, 1], [0, 2]))
+    assert torch.equal(one["fn"].mean[0], other["fn"].mean[0])
+    assert not torch.equal(one["fn"].mean[1], other["fn"].mean[1])
+    with pytest.raises(ValueError, match="y must be given"):
+        guide(x)

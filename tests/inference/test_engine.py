@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pvae.inference import ELBO
 from pvae.inference.engine import EagerEngine, GraphEngine, make_engine
 
+from .profiled import profiled_programs
 from .programs import LinearGuide, LinearModel, parameters
 
 
@@ -83,6 +84,54 @@ def test_the_compiled_graph_has_the_same_gradients_in_expectation() -> None:
     for a, b in zip(gradients, reference, strict=True):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+
+
+def moving_averages(name: str, compile: bool, channels: int | None = None) -> dict[str, Tensor]:
+    """The likelihood's buffers after five steps on batches of two shapes, the same draws for all engines."""
+    model, guide = profiled_programs(channels=channels)
+    if compile:
+        # The draws of a compiled graph are others: let them not matter.
+        for parameter in model.decoder.parameters():
+            nn.init.zeros_(parameter)
+    engine = make_engine(name, ELBO(), model, guide, compile)
+    generator = torch.Generator().manual_seed(1)
+    for rows in (7, 7, 4, 7, 4):
+        x = torch.randn(rows, 5, generator=generator)
+        torch.manual_seed(rows)
+        engine((x,), torch.ones(()))
+    return {name: buffer.clone() for name, buffer in model.likelihood.named_buffers()}
+
+
+@pytest.mark.parametrize(
+    ("compile", "channels"), [(False, None), (False, 5), pytest.param(True, None, marks=pytest.mark.slow)]
+)
+def test_a_graph_moves_the_averages_of_the_module_itself(compile: bool, channels: int | None) -> None:
+    eager, graph = (moving_averages(name, compile, channels) for name in ("eager", "graph"))
+    torch.testing.assert_close(graph, eager, rtol=1e-6, atol=0)
+    assert graph["average_weight"].item() == pytest.approx(1 - 0.99**5, rel=1e-5)
+    assert (graph["average_mse"] > 0).all()
+
+
+def test_a_graph_discards_a_measured_sigma() -> None:
+    model, guide = profiled_programs()
+    model.likelihood.freeze(0.3)
+    engine = GraphEngine(ELBO(), model, guide, compile=False)
+    for _ in range(2):
+        engine((torch.randn(7, 5),), torch.ones(()))
+        assert model.likelihood.measured_sigma == 0
+        model.likelihood.freeze(0.3)
+
+
+def test_tracing_leaves_running_statistics_alone() -> None:
+    statistics = []
+    for name in ("eager", "graph"):
+        torch.manual_seed(0)
+        model, guide = LinearModel(), LinearGuide()
+        model.decoder = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 5))  # type: ignore[assignment]
+        make_engine(name, ELBO(), model, guide, compile=False)((torch.randn(7, 5),), torch.ones(()))
+        statistics.append(dict(model.named_buffers()))
+    assert statistics[1]["decoder.0.num_batches_tracked"] == 1
+    torch.testing.assert_close(statistics[1], statistics[0])
 
 
 def test_an_unknown_engine_is_refused() -> None:

@@ -19,6 +19,7 @@ from pvae.data import Data, from_datasets, from_tensors
 from pvae.inference import ELBO, CheckpointError, NonFiniteLoss, Run, Trainer, fit, load_parameters
 from pvae.inference.program import program_state
 
+from .profiled import profiled_programs
 from .programs import LinearGuide, LinearModel
 
 
@@ -143,6 +144,56 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"ema": 0.9, "patience": 50}, {"engine": "graph", "compile": False}]
+)
+def test_a_sigma_fitted_to_batches_is_resumed_to_the_same_bytes(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 20, "lr": 1e-2, "progress": False, **settings}
+    wanted = profiled_programs()
+    whole = fit(*wanted, data, out=tmp_path / "whole", **options)
+    interrupt_after(17, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        fit(*profiled_programs(), data, out=tmp_path / "cut", **options)
+    monkeypatch.undo()
+    fresh = profiled_programs(seed=9)
+    resumed = fit(*fresh, data, out=tmp_path / "cut", resume=True, **options)
+    assert same(program_state(*fresh), program_state(*wanted))
+    assert resumed.history == whole.history
+    for name in ("metrics.jsonl", "checkpoints/last.json", "checkpoints/final.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # The average over 30 steps, no more, no less: neither the check at the door nor tracing counts.
+    assert fresh[0].likelihood.average_weight.item() == pytest.approx(1 - 0.99**30, rel=1e-4)
+    # Going on from the end of a run measures again, and finds the same.
+    fit(*fresh, data, out=tmp_path / "cut", resume=True, **options)
+    assert same(program_state(*fresh), program_state(*wanted))
+
+
+def test_the_best_state_has_the_moving_average_of_its_step(data: Data) -> None:
+    averages: dict[float, float] = {}
+    model, guide = profiled_programs()
+
+    def keep(run: Run, row: dict[str, float]) -> None:
+        averages[row["valid_loss"]] = model.likelihood.average_mse.item()
+
+    run = fit(
+        model, guide, data, epochs=60, batch_size=20, lr=0.1, patience=2, callbacks=[keep], progress=False
+    )
+    assert run.stopped == "early"
+    assert model.likelihood.average_mse.item() == averages[run.best]
+    assert len(set(averages.values())) == len(averages)
+
+
+def test_the_check_of_a_batch_leaves_running_statistics_alone(data: Data) -> None:
+    model, guide = programs()
+    model.decoder = torch.nn.Sequential(torch.nn.BatchNorm1d(3), model.decoder)  # type: ignore[assignment]
+    trainer = Trainer(model, guide, total_steps=1)
+    before = [buffer.clone() for buffer in model.buffers()]
+    trainer.check(next(data.train.batches(20, seed=0, epoch=0, drop_last=True)))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
 
 
 def test_killed_between_checkpoints_it_goes_on_from_the_last(data: Data, tmp_path: Path) -> None:

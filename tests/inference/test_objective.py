@@ -11,8 +11,10 @@ from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pvae.distributions import AnalyticEntropyNormal
 from pvae.inference import ELBO, registered
 
+from .profiled import profiled_programs
 from .programs import LinearGuide, LinearModel, parameters
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -265,3 +267,115 @@ def test_a_declared_surrogate_gives_the_gradient_and_the_density_the_value() -> 
     torch.testing.assert_close(results[0][0], results[1][0])
     # d log q(z(scale)) / d scale = -1 / scale along the path, once more than before, in a mean over 4.
     torch.testing.assert_close(results[1][1], results[0][1] - 1 / 4)
+
+
+class AnalyticGuide(LinearGuide):
+    """The linear guide, by its entropy in closed form."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        with pyro.plate("data", len(x), dim=-1):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            return pyro.sample("z", self.family(loc, log_scale.exp()))
+
+    def family(self, loc: Tensor, scale: Tensor) -> Any:
+        return AnalyticEntropyNormal(loc, scale)
+
+
+class MaskedAnalyticGuide(AnalyticGuide):
+    def family(self, loc: Tensor, scale: Tensor) -> Any:
+        return AnalyticEntropyNormal(loc, scale).mask(torch.ones(loc.shape[:-1], dtype=torch.bool))
+
+
+def test_both_entropies_estimate_the_same_kl_which_is_not_negative() -> None:
+    model, sampled, analytic = LinearModel(), LinearGuide(), AnalyticGuide()
+    analytic.load_state_dict(sampled.state_dict())
+    x = torch.randn(6, 5)
+    torch.manual_seed(1)
+    ours = ELBO(num_particles=20_000).terms(model, analytic, x)
+    torch.manual_seed(2)
+    theirs = ELBO(num_particles=20_000).terms(model, sampled, x)
+    exact = ELBO("mean_field").terms(model, sampled, x).ratios[0]
+    for terms in (ours, theirs):
+        ratio = terms.ratios[0]
+        assert ratio.shape == (20_000, 6)
+        assert ((ratio.mean(0) - exact).abs() <= 4 * ratio.std(0) / 20_000**0.5).all()
+        assert (ratio.mean(0) >= 0).all()
+    # They are two estimators: for the same draw the figures differ.
+    spread = (ours.ratios[0].std(0) / theirs.ratios[0].std(0)).detach()
+    assert ((spread - 1).abs() > 0.01).all()
+
+
+def test_the_sampled_entropy_is_exact_at_the_prior_and_the_analytic_one_is_not() -> None:
+    x, model = torch.randn(4, 5), LinearModel()
+    for guide in (LinearGuide(), AnalyticGuide()):
+        nn.init.zeros_(guide.encoder.weight)
+        nn.init.zeros_(guide.encoder.bias)
+        spread = ELBO(num_particles=500).terms(model, guide, x).ratios[0].std(0)
+        wanted = math.sqrt(3 / 2) if isinstance(guide, AnalyticGuide) else 0.0
+        # 1/2 sum_j (z_j^2 - 1) has the variance 3/2.
+        torch.testing.assert_close(spread, torch.full((4,), wanted), rtol=0.15, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", [AnalyticGuide, MaskedAnalyticGuide])
+def test_both_entropies_have_one_gradient(family: Any) -> None:
+    model, sampled, analytic = LinearModel(), LinearGuide(), family()
+    analytic.load_state_dict(sampled.state_dict())
+    x, results = torch.randn(6, 5), []
+    for guide in (sampled, analytic):
+        torch.manual_seed(1)
+        loss = ELBO(num_particles=3).terms(model, guide, x).loss
+        results.append(value_and_gradients(loss, (model, guide)))
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(results[0][0], results[1][0])
+
+
+def test_a_closed_form_kl_is_found_for_the_analytic_normal() -> None:
+    model, sampled, analytic = LinearModel(), LinearGuide(), AnalyticGuide()
+    analytic.load_state_dict(sampled.state_dict())
+    x = torch.randn(6, 5)
+    ratios = [ELBO("mean_field").terms(model, guide, x).ratios[0] for guide in (sampled, analytic)]
+    assert torch.equal(*ratios)
+
+
+@pytest.mark.parametrize("kind", ["iwae", "dreg"])
+@pytest.mark.parametrize("family", [AnalyticGuide, MaskedAnalyticGuide])
+@pytest.mark.parametrize("num_particles", [1, 4])
+def test_a_mean_of_log_q_is_refused_inside_the_logarithm(kind: Any, family: Any, num_particles: int) -> None:
+    message = f"objective '{kind}' needs log q\\(z\\) at the draw, but guide site 'z' has an analytic entropy"
+    with pytest.raises(ValueError, match=message):
+        ELBO(kind, num_particles).terms(LinearModel(), family(), torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("reference", [Trace_ELBO, TraceMeanField_ELBO])
+def test_stock_elbos_take_the_analytic_normal(reference: Any) -> None:
+    model, analytic, sampled = LinearModel(), AnalyticGuide(), LinearGuide()
+    analytic.load_state_dict(sampled.state_dict())
+    x, results = torch.randn(6, 5), []
+    for guide in (sampled, analytic):
+        torch.manual_seed(1)
+        loss = reference().differentiable_loss(model, guide, x)
+        results.append(torch.autograd.grad(loss, [*guide.encoder.parameters(), *model.decoder.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["elbo", "mean_field"])
+def test_beta_two_doubles_the_kl_part_of_a_fitted_sigma(kind: Any) -> None:
+    model, guide = profiled_programs()
+    x, terms = torch.randn(7, 5), []
+    for beta in (1.0, 2.0):
+        torch.manual_seed(1)
+        terms.append(ELBO(kind, 3).terms(model, guide, x, beta=beta))
+    single, double = terms
+    torch.testing.assert_close(double.parts, single.parts)
+    torch.testing.assert_close(single.loss, single.parts["reconstruction"] + single.parts["kl"])
+    torch.testing.assert_close(double.loss, single.parts["reconstruction"] + 2 * single.parts["kl"])
+    # 5 entries at their own optimum.
+    optimum = 2.5 * (2 * math.pi * math.e * model.likelihood.sigma.square()).log()
+    torch.testing.assert_close(single.parts["reconstruction"], optimum)
+
+
+def test_a_step_with_a_fitted_sigma_never_waits_for_the_device() -> None:
+    (model, guide), x = profiled_programs(channels=5), torch.randn(7, 5)
+    with pyro.validation_enabled(False), CountSyncs() as syncs:
+        ELBO("elbo", 3).terms(model, guide, x, beta=torch.tensor(0.5)).loss.backward()
+    assert syncs.count == 0
