@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["datasets", "download_idx", "read_cifar10", "read_idx"]
+__all__ = ["datasets", "download_celeba", "download_idx", "read_cifar10", "read_idx", "read_square"]
 
 
 @functools.cache
@@ -81,3 +81,28 @@ def read_cifar10(root: Path, *, train: bool, download: bool = False) -> tuple[Te
     part = datasets().CIFAR10(str(root), train=train, download=download)
     images = torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)))
     return images, torch.tensor(part.targets, dtype=torch.int64)
+
+
+def read_square(path: Path, size: int) -> Tensor:
+    """Read an image in colour, resize its shorter side to ``size`` and keep the middle square.
+
+    As ``Resize(size)`` and ``CenterCrop(size)`` of torchvision do, bilinearly.
+
+    Args:
+        path: An image file.
+        size: Height and width of the result.
+
+    Returns:
+        The image, uint8, ``(3, size, size)``.
+    """
+    image = datasets().folder.pil_loader(path)
+    functional = importlib.import_module("torchvision.transforms.functional")
+    square: Tensor = functional.pil_to_tensor(
+        functional.center_crop(functional.resize(image, [size]), [size])
+    )
+    return square
+
+
+def download_celeba(root: Path) -> None:
+    """Download all files of CelebA into ``root``; torchvision checks their sums and unpacks the images."""
+    datasets().CelebA(str(root), split="all", download=True)

@@ -1,20 +1,21 @@
 """A data set: its parts, its protocol, its names, and for synthetic data the exact log-density."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
 
 from ._encoding import Encoding
 from .errors import DataError, MissingPart
 from .protocol import Binarize, Protocol, Scale, Values
 from .split import Split
 
-__all__ = ["PARTS", "Choice", "Data", "Source", "assemble", "encode"]
+__all__ = ["PARTS", "Choice", "Data", "Source", "Streams", "assemble", "count_classes", "encode"]
 
 PARTS = ("train", "valid", "test")
 
@@ -97,6 +98,25 @@ class Data:
 
 
 @dataclass
+class Streams:
+    """Parts that are read as they are needed.
+
+    Args:
+        datasets: Of each part a map-style dataset, as :func:`~pvae.data.from_datasets` takes them.
+        fingerprint: Text that stands in the hash of the protocol for the data, which are not read through.
+        num_workers: Number of worker processes of each part; 0 reads in this one.
+        y: Labels of each part where they are known beforehand; the datasets then need not give them.
+        in_memory: Whether all parts are read at once and kept.
+    """
+
+    datasets: dict[str, TorchDataset[Any]]
+    fingerprint: str
+    num_workers: int
+    y: dict[str, Tensor] = field(default_factory=dict)
+    in_memory: bool = False
+
+
+@dataclass
 class Source:
     """What a loader found, before it is encoded.
 
@@ -113,6 +133,7 @@ class Source:
         attribute_names: Name of each column of ``y``.
         log_density: Exact log-density in nats, where known.
         truth: What synthetic data were drawn from.
+        streams: What is read later, in place of ``parts``.
     """
 
     kind: Literal["levels", "unit", "count", "real"]
@@ -126,6 +147,7 @@ class Source:
     attribute_names: tuple[str, ...] | None = None
     log_density: Callable[[Tensor], Tensor] | None = None
     truth: Any = None
+    streams: Streams | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,7 @@ def assemble(name: str, source: Source, choice: Choice) -> Data:
     return Data(
         splits,
         protocol=protocol,
-        num_classes=_num_classes(source),
+        num_classes=count_classes(source.class_names, [y for _, y in parts.values()]),
         log_density=source.log_density,
         truth=source.truth,
     )
@@ -257,6 +279,14 @@ def encode(
     return protocol, encodings
 
 
+def count_classes(class_names: tuple[str, ...] | None, labels: Iterable[Tensor | None]) -> int | None:
+    """Return the number of classes, ``None`` where no label is a class number."""
+    if class_names is not None:
+        return len(class_names)
+    classes = [y for y in labels if y is not None and y.ndim == 1]
+    return max(int(y.max()) for y in classes) + 1 if classes else None
+
+
 def _digest(parts: Mapping[str, tuple[Tensor, Tensor | None]]) -> str:
     """SHA-256 of names, types, shapes and bytes of all parts."""
     digest = hashlib.sha256()
@@ -267,10 +297,3 @@ def _digest(parts: Mapping[str, tuple[Tensor, Tensor | None]]) -> str:
             digest.update(f"{part} {array.dtype.str} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _num_classes(source: Source) -> int | None:
-    if source.class_names is not None:
-        return len(source.class_names)
-    labels = [y for _, y in source.parts.values() if y is not None and y.ndim == 1]
-    return max(int(y.max()) for y in labels) + 1 if labels else None

@@ -9,6 +9,7 @@ from typing import Any
 from ._files import data_root
 from ._request import Request
 from .binarized_mnist import binarized_mnist
+from .celeba import celeba
 from .cifar10 import cifar10
 from .dataset import Choice, Data, Source, assemble
 from .digits import digits
@@ -20,6 +21,7 @@ from .mnist import emnist, fashion_mnist, kmnist, mnist
 from .omniglot import omniglot
 from .ppca import ppca
 from .sprites import sprites
+from .streaming import stream
 from .two_moons import two_moons
 
 __all__ = ["load", "names"]
@@ -37,6 +39,7 @@ _LOADERS: dict[str, Callable[..., Source]] = {
         binarized_mnist,
         freyfaces,
         cifar10,
+        celeba,
         sprites,
         gaussian_mixture,
         two_moons,
@@ -78,6 +81,8 @@ def load(
     ``freyfaces``          (1, 28, 20)    1565 / 200 / 200         ``split="blocks" | "shuffled"``
     ``cifar10``            (3, 32, 32)    45000 / 5000 / 10000     ``source="auto" | "full" | "subset"``
     its subset             (3, 32, 32)    3000 / 500 / 500
+    ``celeba``             (3, 86, 86)    162770 / 19867 / 19962   ``size, attributes, limit, flip,``
+                                                                   ``in_memory, num_workers``
     ``sprites``            (1, 32, 32)    8000 / 1000 / 2000       ``balanced``
     ``gaussian_mixture``   (2,)           10000 / 2000 / 5000      ``components, layout, radius, std``
     ``two_moons``          (2,)           10000 / 2000 / 5000      ``noise``
@@ -87,7 +92,7 @@ def load(
 
     The last four and ``sprites`` are drawn by ``seed``, take ``num_train`` and ``num_test``, and tell their
     truth in ``data.truth``; the last four have ``data.log_density``. ``digits`` comes with scikit-learn;
-    the others are files.
+    the others are files. ``celeba`` is read by worker processes as it is needed, unless it is small.
 
     Args:
         name: Name of the data set.
@@ -136,7 +141,8 @@ def load(
                 f"{name} must be given options that it has{_nearest(option, common)}, got {option!r}"
             )
     request = Request(name=name, root=data_root(root), download=download, valid=valid, seed=seed)
-    return assemble(name, loader(request, **options), Choice(binarize, scale, dequantize, seed))
+    source, choice = loader(request, **options), Choice(binarize, scale, dequantize, seed)
+    return assemble(name, source, choice) if source.streams is None else stream(name, source, choice)
 
 
 def _nearest(got: str, known: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -15,27 +15,35 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ._encoding import Encoding
 from ._seeds import derive_seed
-from .dataset import PARTS, Choice, Data, Source, encode
+from .dataset import PARTS, Choice, Data, Source, Streams, count_classes, encode
 from .errors import CorruptData, DataError
 from .protocol import Protocol
 from .split import Batch, Split
+from .tensors import checked_labels
 
-__all__ = ["StreamingSplit", "from_datasets"]
+__all__ = ["StreamingSplit", "from_datasets", "stream"]
 
 _Kind = Literal["levels", "unit", "real"]
+_Item = tuple[int, int | None]
+
+# Data to read into memory come in pieces of this many, and from worker processes where they are more than so
+# many, as starting those takes a second.
+_PIECE = 128
+_MANY = 2_048
 
 
 class StreamingSplit(Split):
     """One part of a data set that is read as it is needed.
 
     It has the surface of :class:`Split`, gives the same batches in the same order, and draws the same
-    noise. A selection, ``split[:1000]``, is read at once and is a :class:`Split` in memory; so are, for the
-    whole part, ``x`` and ``y``, which are not kept.
+    noise. A selection, ``split[:1000]``, is read at once and is a :class:`Split` in memory; so is, for the
+    whole part, ``x``, which is not kept.
 
     Args:
         fetch: Reads data by position; :func:`from_datasets` makes it.
         protocol: Protocol of this part.
         encoding: How what it gives becomes ``x``.
+        y: Labels of all data where they are known beforehand, on the CPU, in place of those that are read.
         num_workers: Number of worker processes; 0 reads in this one.
         prefetch: Number of batches each worker reads ahead.
         class_names: Name of each class.
@@ -50,6 +58,7 @@ class StreamingSplit(Split):
         *,
         protocol: Protocol,
         encoding: Encoding,
+        y: Tensor | None = None,
         num_workers: int = 2,
         prefetch: int = 4,
         class_names: tuple[str, ...] | None = None,
@@ -59,6 +68,7 @@ class StreamingSplit(Split):
             torch.empty(0, *fetch.x_shape),
             protocol=protocol,
             encoding=encoding,
+            y=y,
             class_names=class_names,
             attribute_names=attribute_names,
         )
@@ -79,8 +89,11 @@ class StreamingSplit(Split):
 
     @property
     def y(self) -> Tensor | None:
-        """All labels: reads the whole part, each time."""
-        return self[:].y
+        """All labels: known beforehand, or else read with the whole part, each time."""
+        y = self._y
+        if y is None and self._fetch.labelled:
+            y = torch.cat([read.y for _, read in self._pieces(torch.arange(len(self))) if read.y is not None])
+        return None if y is None else y.to(self._device)
 
     def __len__(self) -> int:
         return len(self._fetch)
@@ -106,33 +119,56 @@ class StreamingSplit(Split):
         ]
         if not chunks:
             return
-        loader: DataLoader[Any] = DataLoader(
-            self._fetch,
-            batch_sampler=chunks,
-            collate_fn=_as_is,
-            num_workers=self._num_workers,
-            prefetch_factor=self._prefetch if self._num_workers else None,
-            pin_memory=self._device.type == "cuda",
-            # Without a generator of its own it would draw a number from the global one.
-            generator=torch.Generator().manual_seed(derive_seed("loader", seed, epoch)),
-        )
+        seed, pinned = derive_seed("loader", seed, epoch), self._device.type == "cuda"
+        loader = self._loader(chunks, self._num_workers, seed=seed, pinned=pinned)
         for read, (first, last) in zip(loader, bounds, strict=True):
             yield self._encode(read, order[first:last])
 
     def __getitem__(self, key: slice | Tensor) -> Split:
         """Read some of the data into memory."""
         where = self._where(key)
-        read = self._fetch.gather([(i, None) for i in where.tolist()])
-        if isinstance(read, DataError):
-            raise read
+        x: Tensor | None = None
+        labels = []
+        # Written where they stay: gathered and then stacked they would take twice the memory.
+        for rows, read in self._pieces(where):
+            x = torch.empty(len(where), *self.x_shape, dtype=read.x.dtype) if x is None else x
+            x[rows] = read.x
+            labels += [] if read.y is None else [read.y]
+        assert x is not None
+        y = self._y[where] if self._y is not None else torch.cat(labels) if labels else None
         return Split(
-            read.x.to(self._device),
+            x.to(self._device),
             protocol=self._sub_protocol(where),
             encoding=self._encoding,
-            y=None if read.y is None else read.y.to(self._device),
+            y=None if y is None else y.to(self._device),
             positions=where,
             class_names=self.class_names,
             attribute_names=self.attribute_names,
+        )
+
+    def _pieces(self, where: Tensor) -> Iterator[tuple[slice, "Read"]]:
+        """Read data as evaluated piece by piece; yield also which rows of ``where`` they are."""
+        chunks: list[list[_Item]] = [[(i, None) for i in piece.tolist()] for piece in where.split(_PIECE)]
+        workers = self._num_workers if len(where) > _MANY else 0
+        start = 0
+        for read in self._loader(chunks, workers, seed=0, pinned=False):
+            if isinstance(read, DataError):
+                raise read
+            yield slice(start, start + len(read.x)), read
+            start += len(read.x)
+
+    def _loader(
+        self, chunks: Sequence[Sequence[_Item]], workers: int, *, seed: int, pinned: bool
+    ) -> "DataLoader[Any]":
+        return DataLoader(
+            self._fetch,
+            batch_sampler=chunks,  # type: ignore[arg-type]  # its stub allows for no seeds beside positions
+            collate_fn=_as_is,
+            num_workers=workers,
+            prefetch_factor=self._prefetch if workers else None,
+            pin_memory=pinned,
+            # Without a generator of its own it would draw a number from the global one.
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def _encode(self, read: "Read | DataError", index: Tensor) -> Batch:
@@ -143,8 +179,12 @@ class StreamingSplit(Split):
         else:
             fixed = read.x if self._encoding.keeps else self._encoding.fix(read.x, index.cpu())
             x = self._encoding.finish(fixed.to(self._device, non_blocking=True))
-        y = None if read.y is None else read.y.to(self._device, non_blocking=True)
-        return Batch(x, y, index.to(self._device, non_blocking=True))
+        y = read.y if self._y is None else self._y[index.cpu()]
+        return Batch(
+            x,
+            None if y is None else y.to(self._device, non_blocking=True),
+            index.to(self._device, non_blocking=True),
+        )
 
 
 def from_datasets(
@@ -154,6 +194,7 @@ def from_datasets(
     *,
     name: str,
     fingerprint: str,
+    y: Tensor | Mapping[str, Tensor] | None = None,
     binarize: str | None = None,
     scale: str = "default",
     dequantize: bool = False,
@@ -177,6 +218,8 @@ def from_datasets(
         name: Name of the data set.
         fingerprint: Text that changes when the data do (a version, the sum of an archive); it stands in the
             hash of the protocol for the data, which are not read through.
+        y: Labels that are known beforehand, as in :func:`~pvae.data.from_tensors`; the datasets then need
+            not give them, and ``split.y`` reads nothing.
         binarize: As in :func:`~pvae.data.load`; ``None`` keeps the values.
         scale: ``"default"``, ``"unit"``, ``"count"``; ``"real"`` for floats of any range.
         dequantize: As in :func:`~pvae.data.load`.
@@ -190,46 +233,67 @@ def from_datasets(
         A data set of :class:`StreamingSplit` parts.
 
     Raises:
-        DataError: If a dataset is empty, or its first datum is not as described.
+        DataError: If a dataset is empty, its first datum is not as described, or labels do not fit.
+        TypeError: If labels are no tensor.
     """
     given = {part: data for part, data in zip(PARTS, (train, valid, test), strict=True) if data is not None}
     if not fingerprint:
         raise DataError("fingerprint must name the version of the data, got an empty text")
-    if num_workers < 0:
-        raise DataError(f"num_workers must be at least 0, got {num_workers}")
-    kind: _Kind = "levels" if levels is not None else "real" if scale == "real" else "unit"
-    fetches = {part: _Fetch(data, f"{name}/{part}", kind, levels) for part, data in given.items()}
-    shapes = {part: fetch.x_shape for part, fetch in fetches.items()}
-    if len(set(shapes.values())) > 1:
-        raise DataError(f"all parts of {name} must have one x_shape, got {shapes}")
+    sized: dict[str, Any] = dict(given)  # map-style datasets have a length, which their type does not say
+    labels = {} if y is None else checked_labels(y, sized, class_names, attribute_names)
     source = Source(
-        kind=kind,
+        kind="levels" if levels is not None else "real" if scale == "real" else "unit",
         levels=levels,
         binarize=None,
         split="as given",
         class_names=None if class_names is None else tuple(class_names),
         attribute_names=None if attribute_names is None else tuple(attribute_names),
+        streams=Streams(given, fingerprint=fingerprint, num_workers=num_workers, y=labels),
     )
+    return stream(name, source, Choice(binarize, scale, dequantize, seed))
+
+
+def stream(name: str, source: Source, choice: Choice) -> Data:
+    """Encode what a loader will read; the counterpart of :func:`~pvae.data.dataset.assemble`.
+
+    Raises:
+        DataError: If a dataset is empty, its first datum is not as described, or the values do not allow what
+            is chosen.
+    """
+    streams = source.streams
+    assert streams is not None
+    assert source.kind != "count"
+    if streams.num_workers < 0:
+        raise DataError(f"num_workers must be at least 0, got {streams.num_workers}")
+    fetches = {
+        part: _Fetch(data, f"{name}/{part}", source.kind, source.levels)
+        for part, data in streams.datasets.items()
+    }
+    shapes = {part: fetch.x_shape for part, fetch in fetches.items()}
+    if len(set(shapes.values())) > 1:
+        raise DataError(f"all parts of {name} must have one x_shape, got {shapes}")
     protocol, encodings = encode(
         name,
         source,
-        Choice(binarize, scale, dequantize, seed),
+        choice,
         sizes=tuple((part, len(fetch)) for part, fetch in fetches.items()),
-        x_shape=shapes["train"],
-        sha256=hashlib.sha256(fingerprint.encode()).hexdigest(),
+        x_shape=next(iter(shapes.values())),
+        sha256=hashlib.sha256(streams.fingerprint.encode()).hexdigest(),
     )
-    splits = {
-        part: StreamingSplit(
+    splits: dict[str, Split] = {}
+    for part, fetch in fetches.items():
+        split = StreamingSplit(
             fetch,
             protocol=replace(protocol, part=part),
             encoding=encodings[part],
-            num_workers=num_workers,
+            y=streams.y.get(part),
+            num_workers=streams.num_workers,
             class_names=source.class_names,
             attribute_names=source.attribute_names,
         )
-        for part, fetch in fetches.items()
-    }
-    return Data(splits, protocol=protocol, num_classes=None if class_names is None else len(class_names))
+        splits[part] = split[:] if streams.in_memory else split
+    classes = count_classes(source.class_names, streams.y.values())
+    return Data(splits, protocol=protocol, num_classes=classes)
 
 
 class Read(NamedTuple):
@@ -261,14 +325,20 @@ class _Fetch(TorchDataset[Any]):
         if isinstance(first, DataError):
             raise first
         self.x_shape = tuple(first.x.shape[1:])
+        self._y_shape = None if first.y is None else tuple(first.y.shape[1:])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the dataset gives labels."""
+        return self._y_shape is not None
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]  # a map-style dataset has a length
 
-    def __getitems__(self, items: list[tuple[int, int | None]]) -> Read | DataError:
+    def __getitems__(self, items: Sequence[_Item]) -> Read | DataError:
         return self.gather(items)
 
-    def gather(self, items: list[tuple[int, int | None]]) -> Read | DataError:
+    def gather(self, items: Sequence[_Item]) -> Read | DataError:
         """Read and stack data.
 
         Args:
@@ -292,6 +362,8 @@ class _Fetch(TorchDataset[Any]):
                     return CorruptData(f"{self._where}: datum {position} cannot be read: {error!r}")
         labels = [read.y for read in reads if read.y is not None]
         shapes = {None if read.y is None else tuple(read.y.shape) for read in reads}
+        if self.x_shape:
+            shapes.add(self._y_shape)
         if len(shapes) > 1:
             return CorruptData(f"{self._where}: y must have one shape for all data, got {shapes}")
         return Read(torch.stack([read.x for read in reads]), torch.stack(labels) if labels else None)

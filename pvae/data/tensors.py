@@ -1,6 +1,6 @@
 """Data sets from tensors of one's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from .dataset import PARTS, Choice, Data, Source, assemble
 from .errors import CorruptData, DataError
 
-__all__ = ["from_tensors"]
+__all__ = ["checked_labels", "from_tensors"]
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,11 +66,7 @@ def from_tensors(
     given = {part: x for part, x in zip(PARTS, (train, valid, test), strict=True) if x is not None}
     for part, x in given.items():
         _check_x(part, x, train)
-    labels = _labels(y, given)
-    if class_names is not None:
-        _check_class_names(class_names, labels)
-    if attribute_names is not None:
-        _check_attribute_names(attribute_names, labels)
+    labels = checked_labels(y, given, class_names, attribute_names)
     source = _source(given, levels=levels, scale=scale)
     source.parts = {part: (source.parts[part][0], labels.get(part)) for part in given}
     source.class_names = None if class_names is None else tuple(class_names)
@@ -156,7 +152,27 @@ def _on_grid(part: str, x: Tensor, levels: int) -> Tensor:
     return whole
 
 
-def _labels(y: Tensor | Mapping[str, Tensor] | None, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def checked_labels(
+    y: Tensor | Mapping[str, Tensor] | None,
+    given: Mapping[str, Sized],
+    class_names: Sequence[str] | None,
+    attribute_names: Sequence[str] | None,
+) -> dict[str, Tensor]:
+    """Return labels of each part, int64 ``(N,)`` or float32 ``(N, L)``, that fit the data and the names.
+
+    Raises:
+        DataError: If they do not.
+        TypeError: If labels are no tensor.
+    """
+    labels = _labels(y, given)
+    if class_names is not None:
+        _check_class_names(class_names, labels)
+    if attribute_names is not None:
+        _check_attribute_names(attribute_names, labels)
+    return labels
+
+
+def _labels(y: Tensor | Mapping[str, Tensor] | None, given: Mapping[str, Sized]) -> dict[str, Tensor]:
     """Labels of each part, int64 ``(N,)`` or float32 ``(N, L)``."""
     if y is None:
         return {}
@@ -176,7 +192,7 @@ def _labels(y: Tensor | Mapping[str, Tensor] | None, given: dict[str, Tensor]) -
                 f"y of {part} must have shape ({len(x)},) or ({len(x)}, L), got {tuple(label.shape)}"
             )
         if label.ndim == 1:
-            if label.dtype not in _WHOLE or int(label.min()) < 0:
+            if label.dtype not in _WHOLE or bool((label < 0).any()):
                 raise DataError(
                     f"y of {part} must hold class numbers 0, 1, ... of a whole type, got {label.dtype}"
                 )

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-__all__ = ["write_all", "write_emnist", "write_idx", "write_mnist", "write_npz"]
+__all__ = ["write_all", "write_celeba", "write_emnist", "write_idx", "write_mnist", "write_npz"]
 
 NPZ = {
     "omniglot": "omniglot/omniglot_28x28.npz",
@@ -77,6 +78,36 @@ def write_npz(root: Path, name: str) -> None:
     path = root / NPZ[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def write_celeba(root: Path, parts: str = "001021102000") -> tuple[list[str], NDArray[np.int64]]:
+    """Write a tiny CelebA: an image for each character of ``parts``, and the two lists.
+
+    The list of the partition is in the reverse order; the second image is as wide as others are high, and
+    attributes 7, 8 and 9 are equally frequent.
+
+    Returns:
+        Names of the images, and their attributes, -1 or 1, ``(N, 40)``.
+    """
+    folder = root / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    files = [f"{i + 1:06d}.jpg" for i in range(len(parts))]
+    for i, file in enumerate(files):
+        blocks = generator.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+        size = (218, 178) if i == 1 else (178, 218)
+        Image.fromarray(blocks).resize(size, Image.Resampling.BICUBIC).save(folder / file, quality=90)
+    rates = generator.permutation(np.linspace(0.05, 0.95, 40))
+    values = np.where(generator.random((len(files), 40)) < rates, 1, -1)
+    values[:, 8:10] = values[:, 7:8]
+    rows = [
+        f"{file}  {' '.join(f'{value:2d}' for value in row)}" for file, row in zip(files, values, strict=True)
+    ]
+    header = [str(len(files)), " ".join(f"Attribute_{i}" for i in range(40)) + " "]
+    (root / "celeba" / "list_attr_celeba.txt").write_text("\n".join([*header, *rows]) + "\n")
+    lines = [f"{file} {part}" for file, part in zip(files, parts, strict=True)]
+    (root / "celeba" / "list_eval_partition.txt").write_text("\n".join(lines[::-1]) + "\n")
+    return files, values
 
 
 def write_all(root: Path) -> None:

@@ -51,7 +51,8 @@ DRAWN = {"digits", "sprites", "gaussian_mixture", "two_moons", "manifold", "ppca
 
 
 def test_names_are_these() -> None:
-    assert set(names()) == set(SIZES) == set(VALUES)
+    # Of celeba there are no files of full size; it has tests of its own.
+    assert set(names()) - {"celeba"} == set(SIZES) == set(VALUES)
 
 
 @pytest.mark.parametrize("name", sorted(set(SIZES) - DRAWN))

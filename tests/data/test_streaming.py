@@ -113,6 +113,61 @@ def test_selection_is_in_memory_and_encoded_as_the_whole(binarize: str) -> None:
     assert part.protocol.subset == memory.test[torch.tensor([30, 2])].protocol.subset
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_many_are_read_in_pieces_and_by_the_workers(workers: int) -> None:
+    n = 2_500
+    x = torch.randint(0, 256, (n, 3), dtype=torch.uint8)
+    part = TensorDataset(x, torch.arange(n))
+    data = from_datasets(part, name="mine", fingerprint="1", scale="count", num_workers=workers)
+    state = torch.get_rng_state()
+    where = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    selected = data.train[where]
+    assert torch.equal(selected.x, x[where].float())
+    assert selected.y is not None
+    assert torch.equal(selected.y, where)
+    assert data.train.y is not None
+    assert torch.equal(data.train.y, torch.arange(n))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def unlabelled(position: int) -> Tensor:
+    if position:
+        pytest.fail("read a datum for its label")
+    return X[0]
+
+
+def test_labels_known_beforehand() -> None:
+    bare = from_datasets(TensorDataset(X), name="mine", fingerprint="1")
+    assert (bare.train.y, bare.num_classes) == (None, None)
+    attributes = torch.stack([Y == 0, Y > 2], 1)
+    for y, classes in ((Y, 5), (attributes, None)):
+        names = None if classes else ["a", "b"]
+        data = from_datasets(Made(unlabelled), name="mine", fingerprint="1", y=y, attribute_names=names)
+        assert data.num_classes == classes
+        assert data.attribute_names == (None if classes else ("a", "b"))
+        assert data.train.y is not None
+        assert torch.equal(data.train.y, y if classes else y.float())
+        whole = from_datasets(TensorDataset(X), name="mine", fingerprint="1", y=y)
+        index = torch.tensor([7, 3, 3])
+        for found in (whole.train.sample(index).y, whole.train[index].y):
+            assert found is not None
+            assert torch.equal(found, data.train.y[index])
+        batch = next(whole.train.batches(8, seed=0, epoch=0, drop_last=False))
+        assert batch.y is not None
+        assert torch.equal(batch.y, data.train.y[batch.index])
+
+
+def test_labels_known_beforehand_take_the_place_of_those_read() -> None:
+    data = from_datasets(TensorDataset(X, Y), name="mine", fingerprint="1", y=4 - Y)
+    batch = data.train.sample(torch.tensor([0, 1, 2]))
+    assert batch.y is not None
+    assert batch.y.tolist() == [4, 3, 2]
+    with pytest.raises(DataError, match=r"y of train must have shape \(50,\) or \(50, L\), got \(49,\)"):
+        from_datasets(TensorDataset(X), name="mine", fingerprint="1", y=Y[1:])
+    with pytest.raises(DataError, match="attribute_names must name the 2 columns of y, got 1"):
+        from_datasets(TensorDataset(X), name="m", fingerprint="1", y=torch.zeros(N, 2), attribute_names=["a"])
+
+
 def test_protocol_holds_the_fingerprint() -> None:
     part = TensorDataset(X)
     a, b = (from_datasets(part, name="mine", fingerprint=text).protocol for text in ("1", "2"))
@@ -194,6 +249,16 @@ def test_a_bad_datum_is_named(make: Callable[[int], Tensor], message: str, worke
     assert "\n" not in str(caught.value)
     with pytest.raises(CorruptData, match=message):
         data.train[10:20]
+
+
+@pytest.mark.parametrize("odd", [None, [1.0, 0.0]])
+def test_labels_of_another_shape_are_refused_wherever_they_stand(odd: list[float] | None) -> None:
+    made = Made(lambda i: (X[i % N], [1.0] if i < 200 else odd), 300)
+    data = from_datasets(made, name="mine", fingerprint="1")
+    assert data.train[:200].y is not None
+    for read in (lambda: data.train.y, lambda: data.train[250:], lambda: data.train[:]):
+        with pytest.raises(CorruptData, match="mine/train: y must have one shape for all data, got"):
+            read()
 
 
 def test_refusals() -> None:
