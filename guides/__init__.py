@@ -6,5 +6,6 @@ if __name__ != "pvae.guides":
 from .flow import FlowGuide
 from .full_covariance import FullCovarianceGuide
 from .normal import NormalGuide
+from .point import PointGuide
 
-__all__ = ["FlowGuide", "FullCovarianceGuide", "NormalGuide"]
+__all__ = ["FlowGuide", "FullCovarianceGuide", "NormalGuide", "PointGuide"]

@@ -41,7 +41,7 @@ class FullCovarianceGuide(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Draw ``z`` for ``x``, shape ``(*particles, B, z_dim)``."""
         with pyro.plate("data", len(x), dim=-1):
-            h = self.encoder.features(x)
+            h = self.encoder.features(x, y)
             loc, scale = self.encoder.heads(h)
             return pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.scale_tril(h, scale)))
 

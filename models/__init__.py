@@ -3,6 +3,9 @@
 if __name__ != "pvae.models":
     raise ImportError(f"import this package as pvae.models, not as {__name__}")
 
+from .autoencoder import Autoencoder
+from .conditional import ConditionalVAE
 from .vae import VAE
+from .x_vae import XVAE
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "XVAE", "Autoencoder", "ConditionalVAE"]

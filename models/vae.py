@@ -51,11 +51,17 @@ class VAE(nn.Module):
         """Run the generative program on ``x``, shape ``(B, *x_shape)``."""
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.prior(y))
-            return pyro.sample("x", self.likelihood(self.decoder(z)), obs=x)
+            return pyro.sample("x", self.observation(self.decoder(z), x), obs=x)
 
     def decode(self, z: Tensor) -> dist.TorchDistribution:
         """Return :math:`p(x | z)` for ``z`` of shape ``(*batch, z_dim)``."""
         return self.likelihood(self.decoder(z))
+
+    def observation(self, params: Tensor, x: Tensor) -> dist.TorchDistribution:
+        """Return :math:`p(x | z)` from the decoder's output; a profiled likelihood trains with ``x`` too."""
+        if getattr(self.likelihood, "profiled", False):
+            return self.likelihood(params, x)
+        return self.likelihood(params)
 
     @torch.no_grad()
     def sample(self, n: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
@@ -72,9 +78,21 @@ class VAE(nn.Module):
         Raises:
             ValueError: If ``n`` is not positive.
         """
-        if n < 1:
-            raise ValueError(f"n must be positive, got {n}")
-        prior = self.prior(y)
-        z = prior.sample((n,)) if not prior.batch_shape else prior.sample()
+        z = draw_latents(self.prior(y), n)
         x = self.decode(z)
         return x.mean if mean else x.sample()
+
+
+def draw_latents(prior: dist.TorchDistribution, n: int) -> Tensor:
+    """Draw ``n`` latents from a prior, which may have a batch of ``n``; shape ``(n, z_dim)``.
+
+    Raises:
+        ValueError: If ``n`` is not positive, or the prior has another batch.
+    """
+    if n < 1:
+        raise ValueError(f"n must be positive, got {n}")
+    if not prior.batch_shape:
+        return prior.sample((n,))
+    if prior.batch_shape != (n,):
+        raise ValueError(f"y must have one row for each of the {n} draws, got {prior.batch_shape[0]}")
+    return prior.sample()
