@@ -1,8 +1,6 @@
 r"""Importance-weighted log-likelihood (Burda et al. 2016, arXiv:1509.00519v4, eq. 8 and theorem 1)."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pyro
 import torch
@@ -10,12 +8,12 @@ from torch import Tensor
 
 from pvae.data import Split
 from pvae.inference.isolation import device_of, evaluating
-from pvae.inference.program import Program, Site, SiteRecorder, particle_plate
+from pvae.inference.program import Program
 from pvae.inference.progress import reporting
-from pvae.ops import has_float64
 
 from .estimate import LikelihoodEstimate
 from .pareto import pareto_khat
+from .weights import draw, held_out, log_weights
 
 __all__ = ["log_likelihood"]
 
@@ -67,9 +65,9 @@ def log_likelihood(
         The estimate, with its standard error, k-hats and protocol.
 
     Raises:
-        ValueError: For sizes that are not positive, data the likelihood does not support, a site outside
-            the plate over the data, latents of model and guide that differ, a guide without exact density,
-            or a log-weight that is NaN.
+        ValueError: For sizes that are not positive, data the likelihood does not support, a sigma fitted to
+            training batches that was not measured, a site outside the plate over the data, latents of model
+            and guide that differ, a guide without exact density, or a log-weight that is NaN.
         TypeError: If ``x`` is neither a tensor nor a split.
 
     Example:
@@ -80,7 +78,7 @@ def log_likelihood(
         raise ValueError(f"num_particles must be positive, got {num_particles}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    x, y, protocol = _data(model, x, y)
+    x, y, protocol = held_out(model, x, y)
     device = device_of(model, guide)
     rounding = 64 * torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps
     parts = []
@@ -94,42 +92,22 @@ def log_likelihood(
         for start in range(0, len(x), blocks * block):
             part = slice(start, start + blocks * block)
             draws = [
-                _draw(guide, *_block(x, y, i, block), num_particles, _block_seed(seed, i // block))
+                draw(guide, *_block(x, y, i, block), num_particles, _block_seed(seed, i // block))
                 for i in range(start, min(part.stop, len(x)), block)
             ]
-            log_w = _log_weights(model, x[part], None if y is None else y[part], draws, rows)
+            log_w = log_weights(model, x[part], None if y is None else y[part], draws, rows)
             parts.append(_summary(log_w.T.cpu().double(), rounding, start))
             report(min(part.stop, len(x)))
     log_prob, elbo, khat, ess, error = (torch.cat(column) for column in zip(*parts, strict=True))
     return LikelihoodEstimate(log_prob, elbo, khat, ess, error, num_particles, seed, protocol)
 
 
-def _data(model: Any, x: Any, y: Tensor | None) -> tuple[Tensor, Tensor | None, dict[str, Any] | None]:
-    """Take data and protocol out of a split; check what can be checked once."""
-    protocol = None
-    if isinstance(x, Split):
-        protocol = x.protocol.to_dict()
-        if y is None and getattr(model, "conditional", False):
-            y = x.y
-        x = x.x
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor or a split such as data.test, got {type(x).__name__}")
-    if x.ndim < 1 or len(x) < 1:
-        raise ValueError(f"x must have shape (N, *x_shape) with N >= 1, got {tuple(x.shape)}")
-    if y is not None and len(y) != len(x):
-        raise ValueError(f"y must have one row for each of the {len(x)} data, got {len(y)}")
-    check: Callable[[Tensor], None] | None = getattr(getattr(model, "likelihood", None), "check", None)
-    if check is not None:
-        check(x)
-    return x, y, protocol
-
-
 def _latent_size(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> int:
     """Run both programs once on one datum, with Pyro's validation on, and count the latent numbers."""
     with pyro.validation_enabled(True):
         x1, y1 = _block(x, y, 0, 1)
-        values, _ = _draw(guide, x1, y1, 1, seed=0)
-        _log_weights(model, x1, y1, [(values, torch.zeros(1, 1, device=x.device))], rows=1)
+        values, _ = draw(guide, x1, y1, 1, seed=0)
+        log_weights(model, x1, y1, [(values, torch.zeros(1, 1, device=x.device))], rows=1)
     return max(1, sum(value.numel() for value in values.values()))
 
 
@@ -141,78 +119,6 @@ def _block(x: Tensor, y: Tensor | None, start: int, size: int) -> tuple[Tensor, 
 
 def _block_seed(seed: int, block: int) -> int:
     return (seed * 1_000_003 + block) % 2**63
-
-
-def _draw(
-    guide: Program, x: Tensor, y: Tensor | None, num_particles: int, seed: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Draw every latent ``num_particles`` times; return the draws and log q, shape ``(K, B)``."""
-    torch.manual_seed(seed)
-    with SiteRecorder(replace=_exact) as q, particle_plate(num_particles):
-        guide(x) if y is None else guide(x, y)
-    latents = {name: site for name, site in q.sites.items() if not site.is_factor}
-    shape = (num_particles, len(x))
-    log_q = torch.zeros(shape, dtype=_precision(x.device), device=x.device)
-    for name, site in latents.items():
-        if site.observed:
-            raise ValueError(f"the guide must observe nothing, got observed site {name!r}")
-        log_q += _log_prob(site, shape, "guide")
-    return {name: site.value for name, site in latents.items()}, log_q
-
-
-def _exact(name: str, fn: Any) -> Any:
-    """Exchange a distribution whose training density is a surrogate for the exact one."""
-    if getattr(fn, "training_density", "exact") == "exact":
-        return fn
-    exact = getattr(fn, "exact", None)
-    if exact is None:
-        raise ValueError(f"guide site {name!r} has only a surrogate density, which cannot enter a likelihood")
-    return exact()
-
-
-def _log_weights(
-    model: Program,
-    x: Tensor,
-    y: Tensor | None,
-    draws: list[tuple[dict[str, Tensor], Tensor]],
-    rows: int,
-) -> Tensor:
-    """Score the draws of several blocks under the model, a chunk of particles at a time; shape ``(K, B)``."""
-    size = len(x)
-    values = {name: torch.cat([v[name] for v, _ in draws], dim=1)[:, :size] for name in draws[0][0]}
-    log_w = -torch.cat([log_q for _, log_q in draws], dim=1)[:, :size].to(x.device)
-    for chunk in _chunks(len(log_w), max(1, rows // size)):
-        part = {name: value[chunk] for name, value in values.items()}
-        shape = (chunk.stop - chunk.start, size)
-        with SiteRecorder(part) as p, particle_plate(shape[0]):
-            model(x) if y is None else model(x, y)
-        latents = {name for name, site in p.sites.items() if not (site.observed or site.is_factor)}
-        if latents != set(part):
-            raise ValueError(f"model and guide must have the same latents, got {latents} and {set(part)}")
-        for site in p.sites.values():
-            if not site.is_factor:
-                log_w[chunk] += _log_prob(site, shape, "model")
-    return log_w
-
-
-def _precision(device: torch.device) -> torch.dtype:
-    """What log-weights are added up in, whatever the programs compute in."""
-    return torch.float64 if has_float64(device) else torch.float32
-
-
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-
-
-def _log_prob(site: Site, shape: tuple[int, int], program: str) -> Tensor:
-    log_prob = site.log_prob()
-    if tuple(log_prob.shape) != shape:
-        raise ValueError(
-            f"{program} site {site.name!r} must lie in the plate over the data: its log-probability must "
-            f"have shape {shape}, got {tuple(log_prob.shape)}"
-        )
-    return log_prob.to(_precision(log_prob.device))
 
 
 def _summary(log_w: Tensor, rounding: float, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

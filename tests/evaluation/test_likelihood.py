@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pvae.data import from_tensors
 from pvae.evaluation import log_likelihood
 from pvae.guides import NormalGuide
-from pvae.likelihoods import Bernoulli
+from pvae.likelihoods import Bernoulli, Normal
 from pvae.models import VAE
 from pvae.nn import MLPDecoder, MLPEncoder
 from pvae.priors import StandardNormal
@@ -165,6 +165,34 @@ def test_the_programs_run_in_evaluation_mode() -> None:
     noisy = log_likelihood(model, guide, x, num_particles=10)
     model.decoder = model.decoder[1]  # type: ignore[index]
     torch.testing.assert_close(noisy.log_prob, log_likelihood(model, guide, x, num_particles=10).log_prob)
+
+
+def test_a_sigma_fitted_to_batches_is_refused_until_it_is_measured() -> None:
+    likelihood = Normal("batch")
+    model = VAE(StandardNormal(2), MLPDecoder(2, (5,)), likelihood)
+    guide, x = NormalGuide(MLPEncoder((5,), 2)), torch.randn(9, 5)
+    message = r"sigma = 'batch' is fitted to each training batch and must be measured before held-out data"
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(model, guide, x, num_particles=10)
+    likelihood.freeze(0.5)
+    # In training mode or not, together or alone: the stored sigma.
+    estimate = log_likelihood(model.train(), guide, x, num_particles=10)
+    assert torch.equal(log_likelihood(model.eval(), guide, x, num_particles=10).log_prob, estimate.log_prob)
+    alone = log_likelihood(model, guide, x[:1], num_particles=10)
+    torch.testing.assert_close(alone.log_prob, estimate.log_prob[:1])
+    model.likelihood = Normal(value=0.5)
+    torch.testing.assert_close(
+        log_likelihood(model, guide, x, num_particles=10).log_prob, estimate.log_prob, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_an_analytic_entropy_changes_no_likelihood() -> None:
+    model, x = VAE(StandardNormal(2), MLPDecoder(2, (5,)), Normal()), torch.randn(9, 5)
+    encoder = MLPEncoder((5,), 2)
+    sampled = log_likelihood(model, NormalGuide(encoder), x, num_particles=10)
+    analytic = log_likelihood(model, NormalGuide(encoder, entropy="analytic"), x, num_particles=10)
+    assert torch.equal(analytic.log_prob, sampled.log_prob)
+    assert torch.equal(analytic.elbo_values, sampled.elbo_values)
 
 
 class Surrogate(dist.Normal):

@@ -45,7 +45,7 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "log q dropped from the weights",
-        "pvae/evaluation/likelihood.py",
+        "pvae/evaluation/weights.py",
         'log_q += _log_prob(site, shape, "guide")',
         '_log_prob(site, shape, "guide")',
         _LIKELIHOOD,
@@ -73,21 +73,21 @@ MUTATIONS = (
     ),
     Mutation(
         "weights of later particle chunks lost",
-        "pvae/evaluation/likelihood.py",
+        "pvae/evaluation/weights.py",
         'log_w[chunk] += _log_prob(site, shape, "model")',
         'log_w[: shape[0]] += _log_prob(site, shape, "model")',
         _LIKELIHOOD,
     ),
     Mutation(
         "factors of the model counted",
-        "pvae/evaluation/likelihood.py",
+        "pvae/evaluation/weights.py",
         "            if not site.is_factor:\n",
         "            if site is not None:\n",
         _LIKELIHOOD,
     ),
     Mutation(
         "training scales counted",
-        "pvae/evaluation/likelihood.py",
+        "pvae/evaluation/weights.py",
         "log_prob = site.log_prob()",
         "log_prob = site.scaled_log_prob()",
         _LIKELIHOOD,

@@ -1,0 +1,114 @@
+r"""Which latent dimensions the data move (Burda et al. 2016, arXiv:1509.00519v4, sec. 5.2)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pvae.data import Split
+from pvae.inference.isolation import device_of, evaluating
+from pvae.inference.program import Program
+
+from .latents import draw_prior, latent_names, means
+from .weights import held_out
+
+__all__ = ["Activity", "active_units", "mean_variance"]
+
+_RELATIVE = 0.1
+_LEAST_PRIOR = 1000
+
+
+@dataclass(frozen=True)
+class Activity:
+    r"""How far the posterior means move with the data, dimension by dimension.
+
+    Attributes:
+        variance: :math:`A_j = \mathrm{Var}_x \, E_q[z_j \mid x]`, shape ``(d,)``, in squared units of z, in
+            double precision; latents of several sites stand side by side, in the model's order.
+        prior_scale: Standard deviation :math:`s_j` of the prior, shape ``(d,)``, from draws.
+        threshold: Variance above which a dimension counts as active.
+    """
+
+    variance: Tensor
+    prior_scale: Tensor
+    threshold: float = 0.01
+
+    @property
+    def active(self) -> Tensor:
+        """Whether each dimension's variance exceeds the threshold (Burda et al.), shape ``(d,)``, bool."""
+        return self.variance > self.threshold
+
+    @property
+    def count(self) -> int:
+        """Number of active units. The threshold supposes a prior of unit scale."""
+        return int(self.active.sum())
+
+    @property
+    def relative_count(self) -> int:
+        r"""Number of dimensions with :math:`\sqrt{A_j} > 0.1 \, s_j`, whatever the prior's scale."""
+        return int((self.variance.sqrt() > _RELATIVE * self.prior_scale).sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists that JSON can hold."""
+        return {
+            "active_units": self.count,
+            "relative_active_units": self.relative_count,
+            "z_dim": len(self.variance),
+            "threshold": self.threshold,
+            "variance": self.variance.tolist(),
+            "prior_scale": self.prior_scale.tolist(),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} of {len(self.variance)} units active (variance of posterior means above "
+            f"{self.threshold:g}), {self.relative_count} by more than {_RELATIVE:g} prior scales"
+        )
+
+
+def active_units(
+    model: Program,
+    guide: Program,
+    x: Tensor | Split,
+    y: Tensor | None = None,
+    threshold: float = 0.01,
+    *,
+    num_draws: int = 32,
+    seed: int = 0,
+) -> Activity:
+    """Count the latent dimensions whose posterior mean varies over the data.
+
+    Means are those of the guide's distributions where these have one, else averages over draws, whose own
+    variance is subtracted. Both programs run in evaluation mode and are left as they were.
+
+    Args:
+        model: The model program; its prior gives the scale.
+        guide: The guide program.
+        x: Data, shape ``(N, *x_shape)``, ``N >= 2``, or a split.
+        y: Contexts, first dimension ``N``. A split's own labels are used if ``model.conditional`` is true.
+        threshold: Variance above which a unit is active.
+        num_draws: Runs of the guide per datum, positive.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: For sizes out of range, or programs outside the contract (see :func:`log_likelihood`).
+        TypeError: If ``x`` is neither a tensor nor a split.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be positive, got {num_draws}")
+    x, y, _ = held_out(model, x, y)
+    if len(x) < 2:
+        raise ValueError(f"x must hold at least two data, got {len(x)}")
+    device = device_of(model, guide)
+    with evaluating(model, guide):
+        x = x.to(device)
+        y = None if y is None else y.to(device)
+        names = latent_names(model, guide, x, y)
+        mean, error = means(guide, x, y, names, seed, num_draws)
+        prior = draw_prior(model, x, y, names, max(len(x), _LEAST_PRIOR), seed)
+    return Activity(mean_variance(mean, error), prior.z.std(0), threshold)
+
+
+def mean_variance(mean: Tensor, error: Tensor) -> Tensor:
+    """Variance over data of means ``(N, d)`` known up to errors of variance ``(N, d)``; shape ``(d,)``."""
+    return (mean.var(0) - error.mean(0)).clamp(min=0)
