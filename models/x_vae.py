@@ -1,4 +1,4 @@
-r"""VAE under a prior from the codes of a pretrained autoencoder: X-VAE (arXiv:2607.01275v1)."""
+r"""VAE under a prior from the codes of a pretrained autoencoder (X-VAE 2026, arXiv:2607.01275v1)."""
 
 import copy
 from typing import Literal, Self

@@ -1,4 +1,4 @@
-r"""Priors made of an autoencoder's codes (X-VAE, arXiv:2607.01275v1)."""
+r"""Priors made of an autoencoder's codes (X-VAE 2026, arXiv:2607.01275v1)."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-r"""Prior that a label chooses, behind a flow (arXiv:2511.08946v3, and its code where that is silent)."""
+r"""Prior that a label chooses, behind a flow (De 2025, arXiv:2511.08946v3)."""
 
 import math
 from typing import Any
