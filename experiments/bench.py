@@ -25,10 +25,10 @@ from pvae.guides import NormalGuide
 from pvae.inference import registered
 from pvae.inference.isolation import isolated_rng
 from pvae.inference.trainer import Trainer
-from pvae.likelihoods import Bernoulli
-from pvae.models import VAE
-from pvae.nn import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
-from pvae.priors import StandardNormal
+from pvae.likelihoods import Bernoulli, Normal
+from pvae.models import VAE, ConditionalVAE
+from pvae.nn import ConvDecoder, ConvEncoder, LabelEmbedding, LabelSpace, MLPDecoder, MLPEncoder
+from pvae.priors import ConditionalFlowPrior, CouplingFlow, StandardNormal
 
 from ._hand_loops import HandLoop, HandVAE, conv_vae, mlp_vae
 from .program import Program, SpecError
@@ -39,7 +39,8 @@ _BATCH_SIZE = 128
 _ENGINES = ("eager", "graph")
 _SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
 _NUM_IMAGES, _NUM_PARTICLES = 100, 1000
-_EVALUATION = "evaluation"
+_FLOW_STEPS = 20
+_EVALUATION, _FLOW = "evaluation", "cvae-nf"
 
 Row = dict[str, object]
 
@@ -123,7 +124,8 @@ def run_bench(
     Args:
         device: Where to run.
         rounds: Interleaved rounds; the order within a round is reversed each time.
-        names: Benchmarks out of ``small``, ``medium``, ``conv``, ``evaluation``; all if ``None``.
+        names: Benchmarks out of ``small``, ``medium``, ``conv``, ``evaluation``, ``cvae-nf``; all if
+            ``None``.
         engines: Engines out of ``eager``, ``graph``.
         threads: Threads of torch on the CPU.
         out: JSON file for rows and machine; the table goes beside it as Markdown.
@@ -137,7 +139,7 @@ def run_bench(
     Raises:
         SpecError: For an unknown benchmark or engine, or numbers that are not positive.
     """
-    known = (*CASES, _EVALUATION)
+    known = (*CASES, _EVALUATION, _FLOW)
     names = known if names is None else names
     for argument, given, allowed in (("benchmark", names, known), ("engine", engines, _ENGINES)):
         for name in given:
@@ -150,6 +152,8 @@ def run_bench(
         for name in names:
             if name == _EVALUATION:
                 rows += _evaluation(place, rounds)
+            elif name == _FLOW:
+                rows += _flow_prior(place, rounds, engines)
             else:
                 rows += _steps(name, place, rounds, engines)
         machine = _machine(place)
@@ -344,6 +348,41 @@ def _evaluation(device: torch.device, rounds: int) -> list[Row]:
         _row(_EVALUATION, "log_likelihood", "decoder", seconds, 1, 1.1, None),
         _row(_EVALUATION, "log_likelihood", "decoder + density", seconds, 1, None, None),
     ]
+
+
+def _flow_prior(device: torch.device, rounds: int, engines: tuple[str, ...]) -> list[Row]:
+    """Time the step of CVAE-NF at the size of its MNIST recipe against the same CVAE under N(0, I)."""
+    levels = torch.randint(256, (_FLOW_STEPS * _BATCH_SIZE, 1, 28, 28), dtype=torch.uint8)
+    data = from_tensors(levels, y=torch.arange(len(levels)) % 10, class_names="0123456789", dequantize=True)
+    split = data.train.to(device)
+    rows = []
+    for engine in engines:
+        programs = {flow: _placed(_conditional(flow), device) for flow in (True, False)}
+        syncs = count_syncs(_placed(_conditional(True), device), split, engine)
+        contenders = {
+            engine if flow else "N(0, I)": _training(program, split, engine, _FLOW_STEPS)
+            for flow, program in programs.items()
+        }
+        seconds = interleave(contenders, rounds, _clock(device))
+        rows.append(_row(_FLOW, engine, "N(0, I)", seconds, _FLOW_STEPS, 1.5, syncs))
+    return rows
+
+
+def _conditional(flow: bool) -> Program:
+    """A CVAE of labels 0 to 9, under the flow prior or the standard normal."""
+    z_dim, x_shape, hidden = 16, (1, 28, 28), (400, 200)
+
+    def labels() -> LabelEmbedding:
+        return LabelEmbedding(LabelSpace("class", 10), 64)
+
+    prior = (
+        ConditionalFlowPrior(z_dim, labels(), CouplingFlow(z_dim, context_dim=64))
+        if flow
+        else StandardNormal(z_dim)
+    )
+    decoder = MLPDecoder(z_dim, x_shape, hidden[::-1], "silu", labels=labels())
+    encoder = MLPEncoder(x_shape, z_dim, hidden, "silu", labels=labels())
+    return Program(ConditionalVAE(prior, decoder, Normal("batch", 0.3)), NormalGuide(encoder))
 
 
 def _decoder_inputs(decoder: nn.Module, run: Callable[[], object]) -> list[torch.Size]:

@@ -20,7 +20,7 @@ from pvae.inference import NonFiniteLoss
 from pvae.inference.checkpoint import CheckpointError, exists
 
 from .program import SpecError
-from .registry import PARTS, TABLES
+from .registry import PARTS, TABLES, nearest
 from .runs import RunError, RunFolder, open_run
 from .spec import load_spec, recipes
 
@@ -229,8 +229,29 @@ def evaluate(
 @_guarded
 def sample(
     run: _RunPath,
-    num: Annotated[int, typer.Option(min=1, help="Number of draws.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="PNG file (default RUN/figures/samples.png).")] = None,
+    num: Annotated[
+        int | None, typer.Option(min=1, help="Number of draws (default 64, or 8 for each row).")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="A row for each class: 0..9, or 0,3,7, or names.")
+    ] = None,
+    attributes: Annotated[
+        list[str] | None,
+        typer.Option(help="A row with these attributes: bordered=1,dotted=1, or rare; may be repeated."),
+    ] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="exact, or paper (the base of a flow prior, without its inverse).")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor of the latents' standard deviation.")] = None,
+    scale_mode: Annotated[
+        str | None, typer.Option(help="within the components of the prior, or global about its mean.")
+    ] = None,
+    scale_sweep: Annotated[
+        bool, typer.Option("--scale-sweep", help="A row for each of seven scales.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG file (default in RUN/figures, named for what is drawn).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     device: _Device = "auto",
     data_root: _DataRoot = None,
@@ -239,10 +260,13 @@ def sample(
     """Draw from the model of a run and write them as one picture."""
     place = _place(device)
     from .jobs import sample as run_sampling
+    from .sampling import Wanted
 
-    path = run_sampling(open_run(run, root=data_root, device=place), num, out, seed)
+    wanted = Wanted(num, seed, labels, attributes or (), sampling, scale, scale_mode, scale_sweep)
+    path, plan = run_sampling(open_run(run, root=data_root, device=place), wanted, out)
     if as_json:
-        _print_json(run=str(run), num=num, seed=seed, figure=str(path))
+        rows = [row for row in (row.to_dict() for row in plan.rows) if row]
+        _print_json(run=str(run), num=plan.num, seed=seed, options=plan.options, rows=rows, figure=str(path))
     else:
         typer.echo(str(path))
 
@@ -287,6 +311,81 @@ def compare(
         return
     for protocol, rows in tables.items():
         typer.echo(f"{protocol}\n\n{to_markdown(rows)}\n")
+
+
+@app.command()
+@_guarded
+def reproduce(
+    paper: Annotated[str | None, typer.Argument(metavar="PAPER", help="A study; see --list.")] = None,
+    scale: Annotated[str, typer.Option(help="smoke (seconds), cpu (an hour or so), full (GPU).")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Folder (default runs/reproduce/PAPER-SCALE).")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Worker processes of one thread each.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Part of the cells' names, such as mnist; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what is left to do and stop.")] = False,
+    tables_only: Annotated[
+        bool, typer.Option("--tables-only", help="Write the tables of the cells that are finished.")
+    ] = False,
+    list_studies: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, ... (default cpu; auto at full scale).")
+    ] = None,
+    data_root: _DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing data files.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run a paper's study, or what is left of it: every configuration with every seed, then the tables."""
+    from .reproduce import SCALES, STUDIES, Context, plan
+    from .reproduce import report as write_report
+    from .reproduce import run as run_study
+
+    if list_studies:
+        found = {name: study.about for name, study in STUDIES.items()}
+        if as_json:
+            _print_json(**found)
+        else:
+            _section("studies  (pvae reproduce PAPER)", found)
+        return
+    if paper not in STUDIES:
+        said = "PAPER must be given" if paper is None else f"there is no study '{paper}'"
+        raise SpecError(f"{said}{nearest(paper or '', STUDIES)}")
+    if scale not in SCALES:
+        raise SpecError(f"unknown --scale '{scale}'{nearest(scale, SCALES)}")
+    if dry_run and tables_only:
+        raise SpecError("--dry-run and --tables-only exclude one another: give one of the two")
+    study, folder = STUDIES[paper], out or Path("runs") / "reproduce" / f"{paper}-{scale}"
+    if not tables_only:
+        place = _place(device or ("auto" if scale == "full" else "cpu"))
+        context = Context(folder, study.scales[scale], place, data_root, download)
+        if dry_run:
+            left = plan(study, context, only or ())
+            minutes = left.seconds / min(jobs, max(1, len(left.missing))) / 60
+            if as_json:
+                _print_json(
+                    cells=[cell.name for cell in left.cells],
+                    missing=[cell.name for cell in left.missing],
+                    minutes=minutes,
+                )
+                return
+            for cell in left.missing:
+                typer.echo(cell.name)
+            done = len(left.cells) - len(left.missing)
+            typer.echo(
+                f"{len(left.cells)} cells, {done} finished, {len(left.missing)} to run: "
+                f"about {minutes:.0f} min with --jobs {jobs}"
+            )
+            return
+        try:
+            run_study(study, scale, context, jobs=jobs, only=only or (), progress=False if as_json else None)
+        except KeyboardInterrupt:
+            _fail(_INTERRUPTED, f"interrupted, finished cells are kept in {folder}: the same command goes on")
+    files = write_report(study, folder)
+    if as_json:
+        _print_json(study=paper, scale=scale, files=[str(path) for path in files])
+        return
+    for path in files:
+        typer.echo(str(path))
 
 
 @app.command()

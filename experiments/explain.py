@@ -36,17 +36,21 @@ def explain(spec: Spec, data: Data | None, program: Program | None = None) -> st
     symbols = _symbols(spec, data)
     source = spec.data.name if data is None else str(data.protocol)
     rows = [("data", f"x ∈ {symbols['x']}   {source}"), ("latent", f"z ∈ {symbols['z']}"), ("", "")]
+    given = _Labels(spec)
     for table, heading in _ORDER:
         part, keys = spec.parts()[table]
         arguments = _words(keys.arguments())
-        said, *where = part.symbols.format(**symbols, **arguments).split("\n")
+        said, *where = given.written(part.symbols.format(**symbols, **arguments)).split("\n")
         rest = {name: value for name, value in arguments.items() if f"{{{name}" not in part.symbols}
+        if not arguments.get("label_dim"):
+            rest.pop("label_embedding", None)
         rows += [(heading, said + _detail(rest)), *(("", line) for line in where)]
     rows += [
         ("", ""),
-        ("objective", objective(spec)),
+        *([("first stage", _first_stage(spec))] if spec.autoencoder else []),
+        ("objective", given.written(objective(spec))),
         ("", _training(spec)),
-        ("judged by", _evaluation(spec)),
+        ("judged by", given.written(_evaluation(spec))),
     ]
     if data is not None:
         program = program or spec.build(data)
@@ -85,6 +89,45 @@ def num_parameters(program: Program) -> dict[str, int]:
             counts[name] = counts.get(name, 0) + count
     total = {id(p): p.numel() for module in program for p in module.parameters()}
     return {**{name: count for name, count in counts.items() if count}, "in all": sum(total.values())}
+
+
+class _Labels:
+    """Writes a label beside what sees it."""
+
+    def __init__(self, spec: Spec) -> None:
+        conditional = spec.model.kind == "conditional"
+        sees = {table: bool(keys.arguments().get("label_dim")) for table, (_, keys) in spec.parts().items()}
+        pairs = []
+        if conditional:
+            pairs += [("log p(x)", "log p(x | y)"), ("p(x, zₖ)", "p(x, zₖ | y)")]
+        if sees["decoder"]:
+            pairs += [("p(x | z)", "p(x | z, y)"), ("p(x | zₖ)", "p(x | zₖ, y)")]
+        if sees["prior"]:
+            pairs += [("p(z)", "p(z | y)"), ("p(zₖ)", "p(zₖ | y)")]
+        if sees["encoder"]:
+            pairs += [("q(z | x)", "q(z | x, y)"), ("q(zₖ | x)", "q(zₖ | x, y)"), ("μ(x)", "μ(x, y)")]
+            pairs += [("σ²(x)", "σ²(x, y)"), ("L(x)", "L(x, y)"), ("given x", "given x and y")]
+        self._pairs = pairs
+
+    def written(self, text: str) -> str:
+        """Return ``text`` with the labels in it."""
+        for plain, conditioned in self._pairs:
+            text = text.replace(plain, conditioned)
+        return text
+
+
+def _first_stage(spec: Spec) -> str:
+    """Write how the autoencoder is trained."""
+    s = spec.autoencoder
+    assert s is not None
+    penalty = f" + {s.code_l2:g} ‖a(x)‖²" if s.code_l2 else ""
+    lines = [f"minimise  −log p(x | z = a(x)){penalty},  {s.epochs} epochs at {s.lr:g}"]
+    lines.append(f"batches of {s.batch_size}")
+    if s.noise:
+        lines.append(f"noise {s.noise:g} on a(x)")
+    if s.patience:
+        lines.append(f"stops {s.patience} epochs after the best on validation")
+    return ", ".join(lines)
 
 
 def _training(spec: Spec) -> str:

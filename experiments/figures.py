@@ -3,6 +3,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,25 @@ from .program import Program
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_samples", "loss_curves", "read_metrics", "reconstructions", "samples"]
+__all__ = [
+    "PANELS",
+    "draw_samples",
+    "labelled_grid",
+    "loss_curves",
+    "read_metrics",
+    "reconstructions",
+    "samples",
+    "value_range",
+]
+
+PANELS = ("mean of p(x | z),  z ~ p(z)", "draw  x ~ p(x | z), same z")
+"""What stands above the two panels of samples of a model without labels."""
 
 _INK, _GREY, _LINE = "#22303c", "#7b8794", "#e4e7eb"
 _BLUE, _ORANGE, _GREEN = "#2f6fab", "#d9822b", "#3a9a6b"
+_SERIES = (_BLUE, _ORANGE, _GREEN, "#b5474b", "#7a5ea8", "#8a6d4b", "#c770a6", "#9a9b35", "#35a0b5")
+_MARKERS = "o^sDvP"
+_LARGEST = 60.0  # inches: a picture of hundreds of labels is still one that can be opened
 _RC = {
     "font.size": 9,
     "font.family": "sans-serif",
@@ -84,6 +100,8 @@ def loss_curves(metrics: Iterable[Mapping[str, Any]], path: Path, title: str = "
 def reconstructions(program: Program, split: Split, path: Path, title: str = "", num: int = 10) -> Path:
     """Draw data above the means of p(x | z), with z drawn from the guide.
 
+    A conditional program sees each datum's own label.
+
     Args:
         program: The trained program.
         split: Data to show, spread evenly over the split.
@@ -91,8 +109,7 @@ def reconstructions(program: Program, split: Split, path: Path, title: str = "",
         title: Line above the panels.
         num: Number of data.
     """
-    where = torch.linspace(0, len(split) - 1, min(num, len(split))).long()
-    shown = split[where]
+    shown = split[_spread(len(split), num)]
     device = device_of(*program)
     x = shown.x.to(device)
     y = shown.y.to(device) if shown.y is not None and getattr(program.model, "conditional", False) else None
@@ -101,23 +118,42 @@ def reconstructions(program: Program, split: Split, path: Path, title: str = "",
         guide = pyro.poutine.trace(program.guide).get_trace(*((x,) if y is None else (x, y)))
         model = pyro.poutine.trace(pyro.poutine.replay(program.model, trace=guide))
         means = model.get_trace(*((x,) if y is None else (x, y))).nodes["x"]["fn"].mean
-    return _compare({"data": x, "reconstruction": means}, path, title, columns=len(x))
+    panels = {"data": x, "reconstruction": means}
+    return _compare(panels, path, title, columns=len(x), bounds=value_range(split))
 
 
-def draw_samples(program: Program, num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw_samples(
+    program: Program, num: int, seed: int = 0, y: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Draw ``z`` from the prior; return means of p(x | z) and draws of x, each ``(num, *x_shape)``.
 
     Both share their latents: the seed is set before each, and z is drawn first.
+
+    Args:
+        program: The trained program.
+        num: Number of draws.
+        seed: Seed of the draws; with the same one, other labels or options meet the same noise.
+        y: Labels of a conditional model, ``num`` of them or one.
+        **options: Further arguments of the model's ``sample``.
     """
+    given = options if y is None else {"y": y.to(device_of(*program)), **options}
     pictures = []
     with evaluating(*program):
         for mean in (True, False):
             torch.manual_seed(seed)
-            pictures.append(program.model.sample(num, mean=mean))  # type: ignore[operator]
+            pictures.append(program.model.sample(num, mean=mean, **given))  # type: ignore[operator]
     return pictures[0], pictures[1]
 
 
-def samples(means: Tensor, draws: Tensor, path: Path, title: str = "") -> Path:
+def samples(
+    means: Tensor,
+    draws: Tensor,
+    path: Path,
+    title: str = "",
+    *,
+    panels: tuple[str, str] = PANELS,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Path:
     """Draw the prior's samples: the means of p(x | z) beside draws of x from the same latents.
 
     Args:
@@ -125,13 +161,63 @@ def samples(means: Tensor, draws: Tensor, path: Path, title: str = "") -> Path:
         draws: Shape ``(N, *x_shape)``.
         path: PNG to write.
         title: Line above the panels.
+        panels: What stands above the means and above the draws.
+        bounds: Values shown as black and as white, see :func:`value_range`.
     """
-    return _compare(
-        {"mean of p(x | z),  z ~ p(z)": means, "draw  x ~ p(x | z), same z": draws},
-        path,
-        title,
-        columns=math.ceil(math.sqrt(len(means))),
-    )
+    shown = dict(zip(panels, (means, draws), strict=True))
+    return _compare(shown, path, title, columns=math.ceil(math.sqrt(len(means))), bounds=bounds)
+
+
+def labelled_grid(
+    rows: Mapping[str, Tensor],
+    path: Path,
+    title: str = "",
+    *,
+    draws: Mapping[str, Tensor],
+    panels: tuple[str, str] = PANELS,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Path:
+    """Draw samples by label: a row of images for each, its label to the left, means beside draws.
+
+    Other data than images are points in the colour of their label.
+
+    Args:
+        rows: Means of p(x | z) of each label, each ``(N, *x_shape)``, in the units of the data.
+        path: PNG to write.
+        title: Line above the panels.
+        draws: Draws of x of each label, from the same latents.
+        panels: What stands above the means and above the draws.
+        bounds: Values shown as black and as white, see :func:`value_range`.
+
+    Raises:
+        ValueError: If there is no row, or rows differ in their number of images.
+    """
+    if len({len(x) for shown in (rows, draws) for x in shown.values()}) != 1:
+        raise ValueError("rows and draws must hold the same number of images for every label")
+    import matplotlib as mpl
+
+    shown = dict(zip(panels, (rows, draws), strict=True))
+    first = next(iter(rows.values()))
+    with mpl.rc_context({**_RC, "axes.grid": first.ndim != 4}):
+        figure = _label_rows(shown, bounds) if first.ndim == 4 else _scatter(shown)
+        return _save(figure, path, title)
+
+
+def value_range(split: Split) -> tuple[float, float]:
+    """Return the values to show as black and as white; what lies outside is clipped.
+
+    The bounds of the data's values where these have bounds, so that a picture does not depend on what else is
+    in it and the mean of a Normal that leaves [0, 1] by a little does not dim the others. Else the range of
+    256 of the data, from zero on for counts.
+    """
+    values, levels = split.protocol.values, split.protocol.levels
+    if values in ("binary", "unit"):
+        return 0.0, 1.0
+    if values == "count" and levels is not None:
+        return 0.0, levels - 1.0
+    some = split[_spread(len(split), 256)].x
+    low, high = 0.0 if values == "count" else float(some.min()), float(some.max())
+    return low, high if high > low else low + 1.0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -145,49 +231,110 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _compare(panels: Mapping[str, Tensor], path: Path, title: str, columns: int) -> Path:
+def _spread(size: int, num: int) -> Tensor:
+    """Positions of at most ``num`` of ``size`` data, evenly spread."""
+    return torch.linspace(0, size - 1, min(num, size), dtype=torch.float64).long()
+
+
+def _compare(
+    panels: Mapping[str, Tensor], path: Path, title: str, columns: int, bounds: tuple[float, float]
+) -> Path:
     """Draw panels of data: images as grids, anything else as the first two coordinates."""
     import matplotlib as mpl
 
     first = next(iter(panels.values()))
     with mpl.rc_context({**_RC, "axes.grid": first.ndim != 4}):
-        if first.ndim == 4:
-            # One row of images: panels stand on top of one another, so that each datum has a column.
-            stacked = len(first) <= columns
-            grids = {name: _grid(x, columns) for name, x in panels.items()}
-            height, width = next(iter(grids.values())).shape[:2]
-            wide = 7.6 if stacked else 3.9
-            tall = wide * height / width + 0.3
-            figure = _figure(wide if stacked else 2 * wide, (2 * tall if stacked else tall) + 0.35)
-            axes = figure.subplots(*((2, 1) if stacked else (1, 2)))
-            for panel, (name, grid) in zip(axes, grids.items(), strict=True):
-                panel.imshow(grid, interpolation="nearest", vmin=0, vmax=1)
-                panel.set_title(name)
-                panel.set_axis_off()
-        else:
-            figure = _figure(7.6, 3.9)
-            axes = figure.subplots(1, 2, sharex=True, sharey=True)
-            for panel, (name, x) in zip(axes, panels.items(), strict=True):
-                points = x.detach().float().cpu().numpy().reshape(len(x), -1)
-                across, up = points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
-                panel.scatter(across, up, s=6, alpha=0.6, color=_BLUE, linewidths=0)
-                panel.set(title=name, xlabel="x₁", ylabel="x₂")
+        if first.ndim != 4:
+            return _save(_scatter({name: {"": x} for name, x in panels.items()}), path, title)
+        # One row of images: panels stand on top of one another, so that each datum has a column.
+        stacked = len(first) <= columns
+        grids = {name: _grid(x, columns, bounds) for name, x in panels.items()}
+        height, width = next(iter(grids.values())).shape[:2]
+        wide = 7.6 if stacked else 3.9
+        tall = wide * height / width + 0.3
+        figure = _figure(wide if stacked else 2 * wide, (2 * tall if stacked else tall) + 0.35)
+        axes = figure.subplots(*((2, 1) if stacked else (1, 2)))
+        for panel, (name, grid) in zip(axes, grids.items(), strict=True):
+            panel.imshow(grid, interpolation="nearest", vmin=0, vmax=1)
+            panel.set_title(name)
+            panel.set_axis_off()
         return _save(figure, path, title)
 
 
-def _grid(x: Tensor, columns: int) -> Any:
+def _scatter(panels: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
+    """Draw the first two coordinates, every label in a colour of its own; a legend if there are labels."""
+    figure = _figure(7.6, 3.9)
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    for panel, (name, series) in zip(axes, panels.items(), strict=True):
+        for i, (label, x) in enumerate(series.items()):
+            points = x.detach().float().cpu().numpy().reshape(len(x), -1)
+            across, up = points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
+            colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i // len(_SERIES) % len(_MARKERS)]
+            panel.scatter(
+                across, up, s=6, alpha=0.6, color=colour, marker=marker, linewidths=0, label=_plain(label)
+            )
+        panel.set(title=name, xlabel="x₁", ylabel="x₂")
+    if any(label for series in panels.values() for label in series):
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", markerscale=2)
+    return figure
+
+
+def _label_rows(panels: Mapping[str, Mapping[str, Tensor]], bounds: tuple[float, float]) -> "Figure":
+    """Draw a row of images for each label, the labels left of the first panel."""
+    rows = next(iter(panels.values()))
+    first = next(iter(rows.values()))
+    columns, (rise, run) = len(first), first.shape[2:]
+    labels = [_wrapped(label) for label in rows]
+    lines = max(label.count("\n") + 1 for label in labels)
+    letters = max(len(line) for label in labels for line in label.split("\n"))
+
+    # In inches: a row is as tall as its text needs, a panel as wide as its heading needs.
+    row = max(0.4, 0.04 + 0.14 * lines)
+    wide = max(0.2 + 0.07 * max(map(len, panels)), row * columns * run / rise)
+    width, height = 0.3 + 0.075 * letters + len(panels) * wide, 0.7 + row * len(rows)
+    figure = _figure(min(width, _LARGEST), min(height, _LARGEST))
+    for i, (panel, (name, shown)) in enumerate(
+        zip(figure.subplots(1, len(panels)), panels.items(), strict=True)
+    ):
+        panel.imshow(
+            _grid(torch.cat(list(shown.values())), columns, bounds), interpolation="nearest", vmin=0, vmax=1
+        )
+        panel.set_title(name)
+        panel.set_anchor("NW")
+        panel.spines[:].set_visible(False)
+        panel.set_xticks([])
+        middles = [k * (rise + _gap(rise)) + (rise - 1) / 2 for k in range(len(labels))]
+        panel.set_yticks(middles, labels if i == 0 else [""] * len(labels))
+        panel.tick_params(length=0, labelsize=8 * min(1.0, _LARGEST / height), labelcolor=_INK)
+    return figure
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(_plain(line) for part in label.split("\n") for line in textwrap.wrap(part, 24) or [""])
+
+
+def _plain(label: str) -> str:
+    """Keep matplotlib from reading a name as a formula."""
+    return label.replace("$", r"\$")
+
+
+def _grid(x: Tensor, columns: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Any:
     """Tile images ``(N, C, H, W)`` with a light gap into one RGB array with values in [0, 1]."""
-    x = x.detach().float().cpu()
-    # Counts and unbounded means are shown over their own range.
-    x = (x - x.min().clamp(max=0.0)) / (x.max().clamp(min=1.0) - x.min().clamp(max=0.0))
+    low, high = bounds
+    x = ((x.detach().float().cpu() - low) / (high - low)).clamp(0.0, 1.0)
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
     n, _, height, width = x.shape
-    rows, gap = math.ceil(n / columns), max(1, height // 14)
+    rows, gap = math.ceil(n / columns), _gap(height)
     canvas = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
     for i, image in enumerate(x):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
     return canvas.permute(1, 2, 0).numpy()
+
+
+def _gap(height: int) -> int:
+    """Pixels between the images of a grid."""
+    return max(1, height // 14)
 
 
 def _line(axes: Any, rows: list[Mapping[str, Any]], key: str, colour: str, label: str) -> None:

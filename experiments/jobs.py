@@ -3,7 +3,7 @@
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,11 +11,12 @@ from pvae.data import Data, Split
 from pvae.evaluation import LikelihoodEstimate, log_likelihood
 from pvae.inference import Run, fit
 
-from . import figures
+from . import figures, sampling
 from .notes import notes
 from .program import Program, SpecError
 from .runs import OpenRun, RunFolder, environment
 from .spec import Evaluate, Spec
+from .stages import pretrain
 
 __all__ = ["SMALL_PASS", "Trained", "evaluate", "sample", "train", "use_threads"]
 
@@ -91,6 +92,7 @@ def train(
     start = time.monotonic()
     status = "failed"
     try:
+        said = _first_stage(spec, program, data, folder, device, progress)
         run = fit(
             *program,
             data,
@@ -110,11 +112,11 @@ def train(
     finally:
         if folder.spec.is_file():
             folder.update_manifest(status=status, seconds=round(spent + time.monotonic() - start, 3))
-    folder.update_manifest(steps=run.steps)
+    folder.update_manifest(steps=run.steps, **_measured(program))
     pictures = _pictures(spec, folder, program, data)
     opened = OpenRun(folder, spec, data, *program)
     estimate = evaluate(opened, spec.evaluate, progress=progress) if spec.evaluate.after_training else None
-    return Trained(folder, run, pictures, notes(spec, program, data), estimate)
+    return Trained(folder, run, pictures, [*notes(spec, program, data), *said], estimate)
 
 
 def evaluate(
@@ -172,17 +174,57 @@ def use_threads(program: Program, spec: Spec, threads: int | None = None) -> Non
         torch.set_num_threads(1)
 
 
-def sample(run: OpenRun, num: int, out: Path | None = None, seed: int = 0) -> Path:
+def sample(run: OpenRun, wanted: sampling.Wanted | None = None, out: Path | None = None) -> sampling.Drawn:
     """Draw from the model of a run and write a PNG.
+
+    All rows of a picture are drawn from the same noise: a column shows what the label or the scale changes.
 
     Args:
         run: The run.
-        num: Number of draws.
-        out: PNG file, ``figures/samples.png`` of the run if absent.
-        seed: Seed of the draws.
+        wanted: What to draw, 64 samples if absent; those of a conditional model have labels of held-out rows.
+        out: PNG file, by default one in the ``figures`` of the run that is named after what was asked for.
+
+    Raises:
+        SpecError: If the model or its data do not have what is asked for.
     """
-    means, draws = figures.draw_samples(run.program, num, seed)
-    return figures.samples(means, draws, out or run.folder.figures / "samples.png", _title(run.spec))
+    wanted = wanted or sampling.Wanted()
+    plan = sampling.plan(run, wanted)
+    path = out or run.folder.figures / f"{plan.name}.png"
+    drawn = [
+        figures.draw_samples(run.program, plan.num, wanted.seed, row.y, **plan.options, **row.options)
+        for row in plan.rows
+    ]
+    title, bounds = _title(run.spec), figures.value_range(run.data.train)
+    if not plan.rows[0].label:
+        figures.samples(*drawn[0], path, title, panels=plan.panels, bounds=bounds)
+    else:
+        means, draws = (
+            {row.text: pair[i] for row, pair in zip(plan.rows, drawn, strict=True)} for i in (0, 1)
+        )
+        figures.labelled_grid(means, path, title, draws=draws, panels=plan.panels, bounds=bounds)
+    return sampling.Drawn(path, plan)
+
+
+def _first_stage(
+    spec: Spec,
+    program: Program,
+    data: Data,
+    folder: RunFolder,
+    device: torch.device,
+    progress: bool | None,
+) -> list[str]:
+    """Train the autoencoder of a spec that has one, and return what is to be said about it."""
+    if spec.autoencoder is None:
+        return []
+    stage = pretrain(spec, program, data, folder=folder.autoencoder, device=device, progress=progress)
+    folder.update_manifest(autoencoder=stage.summary())
+    return stage.notes()
+
+
+def _measured(program: Program) -> dict[str, Any]:
+    """The sigma that every evaluation of the run uses, where it was measured on the training data."""
+    likelihood: Any = getattr(program.model, "likelihood", None)
+    return {"sigma": likelihood.sigma.tolist()} if getattr(likelihood, "profiled", False) else {}
 
 
 def _part(data: Data, settings: Evaluate) -> Split:
@@ -193,12 +235,10 @@ def _part(data: Data, settings: Evaluate) -> Split:
 
 
 def _pictures(spec: Spec, folder: RunFolder, program: Program, data: Data) -> list[Path]:
-    shown = data.valid if "valid" in data.parts else data.train
-    means, draws = figures.draw_samples(program, 64, seed=0)
-    title = _title(spec)
+    shown, title = sampling.held_out(data), _title(spec)
     drawn = [
         figures.reconstructions(program, shown, folder.figures / "reconstructions.png", title),
-        figures.samples(means, draws, folder.figures / "samples.png", title),
+        sample(OpenRun(folder, spec, data, *program)).path,
     ]
     metrics = figures.read_metrics(folder.metrics)
     if any("loss" in row for row in metrics):

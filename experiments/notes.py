@@ -5,6 +5,7 @@ from torch.distributions import kl_divergence
 from pvae.data import Data
 from pvae.inference.isolation import device_of, evaluating
 from pvae.inference.program import SiteRecorder
+from pvae.priors import CodePrior
 
 from .program import Program
 from .spec import Spec
@@ -37,13 +38,19 @@ def notes(spec: Spec, program: Program, data: Data) -> list[str]:
 
 def _has_closed_form(program: Program, data: Data) -> bool:
     """Whether Pyro knows the KL of every latent of this pair."""
-    x = data.train[:1].x.to(device_of(*program))
+    prior = getattr(program.model, "prior", None)
+    if isinstance(prior, CodePrior):  # not fitted before its first stage
+        return prior.kl != "mc" or prior.variant in ("diag", "full", "paired")
+    device, some = device_of(*program), data.train[:1]
+    args = [some.x.to(device)]
+    if some.y is not None and getattr(program.model, "conditional", False):
+        args.append(some.y.to(device))
     with evaluating(*program):
         with SiteRecorder() as q:
-            program.guide(x)
+            program.guide(*args)
         latents = {name: site.value for name, site in q.sites.items() if not site.observed}
         with SiteRecorder(latents) as p:
-            program.model(x)
+            program.model(*args)
         try:
             for name in latents:
                 kl_divergence(q.sites[name].fn, p.sites[name].fn)

@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001  (mathematical symbols)
 """The parts that a spec may name. A new one is a class in its room and one entry here."""
 
+import copy
 from typing import Annotated, Literal
 
 import torch
@@ -14,23 +15,225 @@ from pvae.likelihoods import (
     Categorical,
     ContinuousBernoulli,
     DiscretizedLogisticMixture,
+    Likelihood,
     NegativeBinomial,
     Normal,
     Poisson,
 )
-from pvae.models import VAE
-from pvae.nn import ConvDecoder, ConvEncoder, Encoder, MLPDecoder, MLPEncoder
-from pvae.priors import GaussianMixture, StandardNormal, VampPrior
+from pvae.models import VAE, XVAE, ConditionalVAE
+from pvae.nn import (
+    ConvDecoder,
+    ConvEncoder,
+    Encoder,
+    LabelEmbedding,
+    LabelSpace,
+    MLPDecoder,
+    MLPEncoder,
+    WhitenedDecoder,
+    WhitenedEncoder,
+)
+from pvae.priors import (
+    CodePrior,
+    ConditionalFlowPrior,
+    CouplingFlow,
+    GaussianMixture,
+    StandardNormal,
+    VampPrior,
+    ZukoFlow,
+)
 
 from .registry import register
 
-__all__ = ["mixture", "vamp"]
+__all__ = [
+    "code_prior",
+    "conditional_flow",
+    "conditional_spline",
+    "conv_decoder",
+    "conv_encoder",
+    "mixture",
+    "mlp_decoder",
+    "mlp_encoder",
+    "vamp",
+    "x_vae",
+]
 
 _NUM_CODES = 2000
 
 Positive = Annotated[int, Field(gt=0)]
 Widths = tuple[Positive, ...]
+Size = Annotated[int, Field(ge=0)]
 Activation = Literal["relu", "tanh", "silu", "elu", "gelu", "softplus"]
+Embedding = Literal["mlp", "table"]
+
+
+def mlp_encoder(
+    x_shape: tuple[int, ...],
+    z_dim: int,
+    label_space: LabelSpace | None,
+    hidden: Widths = (256,),
+    activation: Activation = "relu",
+    gated: bool = False,
+    label_dim: Size = 0,
+    label_embedding: Embedding = "mlp",
+) -> MLPEncoder:
+    """Build a fully connected encoder, which sees labels if ``label_dim`` is positive."""
+    labels = _labels(label_space, label_dim, label_embedding)
+    return MLPEncoder(x_shape, z_dim, hidden, activation, gated, labels)
+
+
+def conv_encoder(
+    x_shape: tuple[int, ...],
+    z_dim: int,
+    label_space: LabelSpace | None,
+    channels: Widths = (32, 64),
+    h_dim: Positive = 256,
+    activation: Activation = "silu",
+    label_dim: Size = 0,
+    label_embedding: Embedding = "mlp",
+) -> ConvEncoder:
+    """Build a convolutional encoder, which sees labels if ``label_dim`` is positive."""
+    labels = _labels(label_space, label_dim, label_embedding)
+    return ConvEncoder(x_shape, z_dim, channels, h_dim, activation, labels)
+
+
+def mlp_decoder(
+    z_dim: int,
+    out_shape: tuple[int, ...],
+    label_space: LabelSpace | None,
+    hidden: Widths = (256,),
+    activation: Activation = "relu",
+    gated: bool = False,
+    label_dim: Size = 0,
+    label_embedding: Embedding = "mlp",
+) -> MLPDecoder:
+    """Build a fully connected decoder, which sees labels if ``label_dim`` is positive."""
+    labels = _labels(label_space, label_dim, label_embedding)
+    return MLPDecoder(z_dim, out_shape, hidden, activation, gated, labels)
+
+
+def conv_decoder(
+    z_dim: int,
+    out_shape: tuple[int, ...],
+    label_space: LabelSpace | None,
+    channels: Widths = (64, 32),
+    h_dim: Positive = 256,
+    activation: Activation = "silu",
+    label_dim: Size = 0,
+    label_embedding: Embedding = "mlp",
+) -> ConvDecoder:
+    """Build a convolutional decoder, which sees labels if ``label_dim`` is positive."""
+    labels = _labels(label_space, label_dim, label_embedding)
+    return ConvDecoder(z_dim, out_shape, channels, h_dim, activation, labels)
+
+
+def _labels(space: LabelSpace | None, dim: int, kind: Embedding) -> LabelEmbedding | None:
+    if not dim:
+        return None
+    if space is None:
+        raise ValueError("label_dim must be 0: these data have no labels, or none of a known number")
+    return LabelEmbedding(space, dim, kind)
+
+
+def _needed(space: LabelSpace | None) -> LabelSpace:
+    if space is None:
+        raise ValueError(
+            "a conditional prior needs labels, and these data have none, or none of a known number"
+        )
+    return space
+
+
+def x_vae(
+    prior: CodePrior,
+    decoder: MLPDecoder | ConvDecoder | WhitenedDecoder,
+    likelihood: Likelihood,
+    encoder: Encoder,
+    parametrisation: Literal["raw", "whitened"] = "raw",
+    warm_start: bool = False,
+    freeze_decoder: bool = False,
+) -> XVAE:
+    """Put an X-VAE together around an untrained autoencoder; the first stage of training fills it in.
+
+    Args:
+        prior: Prior of codes.
+        decoder: The decoder.
+        likelihood: The likelihood.
+        encoder: The guide's encoder, whose architecture is the autoencoder's too.
+        parametrisation: ``"raw"``: the networks see z in the units of the codes. ``"whitened"``:
+            standardised by the codes' mean and scale.
+        warm_start: Whether encoder and decoder start from the autoencoder's.
+        freeze_decoder: Whether the decoder stays the autoencoder's.
+
+    Raises:
+        ValueError: If the prior is not one of codes, or a decoder is to be frozen that was not trained.
+    """
+    if not isinstance(prior, CodePrior):
+        raise ValueError("an X-VAE needs a prior of codes: set prior.kind = 'codes'")
+    if freeze_decoder and not warm_start:
+        raise ValueError("freeze_decoder needs warm_start: a decoder at its random start would be frozen")
+    code_encoder = copy.deepcopy(encoder.encoder if isinstance(encoder, WhitenedEncoder) else encoder)
+    if freeze_decoder:
+        decoder.requires_grad_(False)
+    return XVAE(prior, decoder, likelihood, code_encoder)
+
+
+def conditional_flow(
+    z_dim: int,
+    label_space: LabelSpace | None,
+    num_flows: Size = 4,
+    context: bool = True,
+    hidden: Positive = 64,
+    bound: Annotated[float, Field(gt=0)] | None = 2.0,
+    masks: Literal["alternating", "halves"] = "alternating",
+    label_dim: Positive = 64,
+    label_embedding: Embedding = "mlp",
+) -> ConditionalFlowPrior:
+    """Build a conditional prior with affine couplings; without any, a Gaussian that depends on y."""
+    labels = LabelEmbedding(_needed(label_space), label_dim, label_embedding)
+    flow = None
+    if num_flows:
+        flow = CouplingFlow(z_dim, num_flows, label_dim if context else 0, hidden, bound, masks)
+    return ConditionalFlowPrior(z_dim, labels, flow, flow_context=context)
+
+
+def conditional_spline(
+    z_dim: int,
+    label_space: LabelSpace | None,
+    transforms: Positive = 3,
+    context: bool = True,
+    hidden: Widths = (64, 64),
+    label_dim: Positive = 64,
+    label_embedding: Embedding = "mlp",
+) -> ConditionalFlowPrior:
+    """Build a conditional prior with neural splines (zuko)."""
+    labels = LabelEmbedding(_needed(label_space), label_dim, label_embedding)
+    flow = ZukoFlow(z_dim, label_dim if context else 0, "NSF", transforms, hidden)
+    return ConditionalFlowPrior(z_dim, labels, flow, flow_context=context)
+
+
+def code_prior(
+    z_dim: int,
+    data: Data,
+    variant: Literal["diag", "full", "gmm", "kde", "marginal", "paired"] = "diag",
+    components: Positive = 10,
+    covariance: Literal["diag", "full"] = "diag",
+    kl: Literal["mc", "variational", "nearest", "convex", "subset"] = "mc",
+    num_codes: Positive = 2000,
+    preserve_moments: bool = True,
+    robust: bool = False,
+    learn: bool = False,
+) -> CodePrior:
+    """Build a prior of codes, to be fitted after the first stage, with no more codes than there are data."""
+    return CodePrior(
+        z_dim,
+        variant,
+        components=components,
+        covariance=covariance,
+        kl=kl,
+        num_codes=min(num_codes, len(data.train)),
+        preserve_moments=preserve_moments,
+        robust=robust,
+        learn=learn,
+    )
 
 
 def mixture(
@@ -44,7 +247,8 @@ def mixture(
     if init == "random":
         return GaussianMixture(z_dim, components)
     with torch.no_grad():
-        loc, scale = encoder(data.train[: max(_NUM_CODES, 4 * components)].x)
+        some = data.train[: max(_NUM_CODES, 4 * components)]
+        loc, scale = encoder(some.x, some.y)
         codes = loc + scale * torch.randn_like(scale)
     return GaussianMixture.from_codes(codes, components)
 
@@ -72,8 +276,11 @@ def vamp(
         init_scale: Standard deviation of the noise, in the units of x.
 
     Raises:
-        ValueError: If there are fewer training data than pseudoinputs to be drawn from them.
+        ValueError: If there are fewer training data than pseudoinputs to be drawn from them, or the encoder
+            sees labels, which pseudoinputs lack.
     """
+    if encoder.labels is not None:
+        raise ValueError("pseudoinputs have no labels: set encoder.label_dim = 0")
     if init == "data":
         if components > len(data.train):
             raise ValueError(
@@ -96,6 +303,20 @@ def _inside(u: Tensor, low: float, high: float) -> Tensor:
 
 
 register("model", "vae", VAE, about="one latent vector per datum", symbols="p(x, z) = p(z) p(x | z)")
+register(
+    "model",
+    "conditional",
+    ConditionalVAE,
+    about="one latent vector per datum, given its label",
+    symbols="p(x, z | y) = p(z) p(x | z)",
+)
+register(
+    "model",
+    "x_vae",
+    x_vae,
+    about="prior from the codes of an autoencoder that is trained first (X-VAE)",
+    symbols="p(x, z) = p(z) p(x | z),  p(z) fitted to codes a(x),  z in {parametrisation} units",
+)
 
 register(
     "prior", "normal", StandardNormal, about="standard normal, no parameters", symbols="p(z) = N(z; 0, I)"
@@ -116,6 +337,28 @@ register(
     symbols="p(z) = 1/K Σₖ N(z; μ(uₖ), diag σ²(uₖ)),  K = {components} pseudoinputs u, learned",
     components=Positive,
     init_scale=Annotated[float, Field(ge=0)],
+)
+
+register(
+    "prior",
+    "conditional_flow",
+    conditional_flow,
+    about="Gaussian given y behind affine couplings (CVAE-NF)",
+    symbols="p(z | y) = N(f(z); μ(y), diag σ²(y)) |det ∂f/∂z|,  f = {num_flows} couplings",
+)
+register(
+    "prior",
+    "conditional_spline",
+    conditional_spline,
+    about="Gaussian given y behind neural splines (extra: flows)",
+    symbols="p(z | y) = N(f(z); μ(y), diag σ²(y)) |det ∂f/∂z|,  f = {transforms} autoregressive splines",
+)
+register(
+    "prior",
+    "codes",
+    code_prior,
+    about="fitted to the codes of an autoencoder (X-VAE): Gaussian, mixture, kernel density, paired",
+    symbols="p(z) = {variant} fit to the codes a(x) of the training data",
 )
 
 register(
@@ -141,16 +384,10 @@ register(
 )
 
 _ENCODER, _DECODER = "μ, σ: {x} → {z}", "θ: {z} → parameters of p(x | z)"
-_MLP = {"hidden": Widths, "activation": Activation}
-_CONV = {"channels": Widths, "h_dim": Positive, "activation": Activation}
-register(
-    "encoder", "mlp", MLPEncoder, about="fully connected", symbols=f"{_ENCODER}, fully connected", **_MLP
-)
-register("encoder", "conv", ConvEncoder, about="convolutional", symbols=f"{_ENCODER}, convolutional", **_CONV)
-register(
-    "decoder", "mlp", MLPDecoder, about="fully connected", symbols=f"{_DECODER}, fully connected", **_MLP
-)
-register("decoder", "conv", ConvDecoder, about="convolutional", symbols=f"{_DECODER}, convolutional", **_CONV)
+register("encoder", "mlp", mlp_encoder, about="fully connected", symbols=f"{_ENCODER}, fully connected")
+register("encoder", "conv", conv_encoder, about="convolutional", symbols=f"{_ENCODER}, convolutional")
+register("decoder", "mlp", mlp_decoder, about="fully connected", symbols=f"{_DECODER}, fully connected")
+register("decoder", "conv", conv_decoder, about="convolutional", symbols=f"{_DECODER}, convolutional")
 
 register(
     "likelihood",
@@ -170,7 +407,7 @@ register(
     "likelihood",
     "normal",
     Normal,
-    about="real data, sigma fixed or learned",
+    about="real data, sigma fixed, learned, or the optimum of the batch",
     symbols="p(x | z) = ∏ᵢ N(xᵢ; θᵢ(z), σ²)",
 )
 register(

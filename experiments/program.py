@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from pvae.data import Data
+from pvae.models import XVAE
+from pvae.nn import LabelEmbedding, LabelSpace, WhitenedDecoder, WhitenedEncoder
+from pvae.priors import CodePrior
 
 from .registry import PARTS, PartKeys
 
@@ -52,7 +55,14 @@ def build(parts: Mapping[str, PartKeys], data: Data, z_dim: int, seed: int) -> P
     """
     _check_values(parts["likelihood"].kind, data)
     workshop = _Workshop(parts, {"data": data, "z_dim": z_dim, **_facts(data)}, seed)
-    return Program(workshop["model"], workshop["posterior"])
+    program = Program(workshop["model"], workshop["posterior"])
+    _check_labels(parts, program)
+    if isinstance(getattr(program.model, "prior", None), CodePrior) and not isinstance(program.model, XVAE):
+        raise SpecError(
+            "[prior] kind = 'codes' is fitted to the codes of an autoencoder: set model.kind = 'x_vae', "
+            "which trains one first"
+        )
+    return program
 
 
 class _Workshop:
@@ -83,11 +93,21 @@ class _Workshop:
             # Random numbers of the part's own: exchanging the prior leaves the networks at the same start.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(zlib.crc32(f"{self._seed} {table}".encode()))
-                return part.build(**arguments)
+                return self._in_units(table, part.build(**arguments))
         except (TypeError, ValueError) as error:
             raise SpecError(f"[{table}] kind = '{part.kind}': {error}") from error
         finally:
             self._waiting.pop()
+
+    def _in_units(self, table: str, built: Any) -> Any:
+        """Let both networks see z in the units of the codes, where the model asks for it."""
+        if self._parts["model"].arguments().get("parametrisation") != "whitened":
+            return built
+        return {"encoder": WhitenedEncoder, "decoder": WhitenedDecoder}.get(table, _same)(built)
+
+
+def _same(built: Any) -> Any:
+    return built
 
 
 def _facts(data: Data) -> dict[str, Any]:
@@ -98,7 +118,32 @@ def _facts(data: Data) -> dict[str, Any]:
         "x_shape": tuple(data.x_shape),
         "levels": levels,
         "bounds": None if top is None else (0.0, top),
+        "label_space": LabelSpace.of(data.num_classes, _num_attributes(data)),
     }
+
+
+def _num_attributes(data: Data) -> int | None:
+    y = data.train.y
+    if y is not None and y.ndim > 1:
+        return y.shape[-1]
+    return None if data.attribute_names is None else len(data.attribute_names)
+
+
+def _check_labels(parts: Mapping[str, PartKeys], program: Program) -> None:
+    """Refuse a conditional model in which nothing sees y, and another one in which something does."""
+    sees = any(isinstance(m, LabelEmbedding) for module in program for m in module.modules())
+    conditional = getattr(program.model, "conditional", False)
+    if sees and not conditional:
+        kind = parts["model"].kind
+        raise SpecError(
+            f"[model] kind = '{kind}' knows no labels, but another part sees them: set model.kind = "
+            "'conditional', or label_dim = 0 there and an unconditional prior"
+        )
+    if conditional and not sees:
+        raise SpecError(
+            "[model] kind = 'conditional' needs a part that sees the labels: set encoder.label_dim and "
+            "decoder.label_dim, such as 64, or prior.kind = 'conditional_flow'"
+        )
 
 
 def _check_values(kind: str, data: Data) -> None:

@@ -55,6 +55,7 @@ SUPPLIED: dict[str, str] = {
     "bounds": "[data]",
     "z_dim": "z_dim",
     "out_shape": "[likelihood]",
+    "label_space": "[data]",
     **{table: f"[{table}]" for table in TABLES},
 }
 """Arguments that are never keys, each with where its value comes from."""

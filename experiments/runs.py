@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def autoencoder(self) -> Path:
+        """The run of a first stage, if there is one."""
+        return self.path / "autoencoder"
+
+    @property
     def evaluation(self) -> Path:
         """A list of likelihood estimates, the newest last."""
         return self.path / "evaluation.json"
@@ -144,7 +149,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for path in (self.checkpoints, self.figures):
+        for path in (self.checkpoints, self.figures, self.autoencoder):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.spec, self.manifest, self.metrics, self.evaluation):
             path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from .program import Program, SpecError, build
 from .registry import PARTS, TABLES, Keys, Part, PartKeys, keys_of, nearest, none_word
 from .sentences import sentence
 
-__all__ = ["Evaluate", "Spec", "load_spec", "parse", "recipes"]
+__all__ = ["AutoencoderKeys", "Evaluate", "Spec", "load_spec", "parse", "recipes"]
 
 _FIT_OMIT = ("model", "guide", "data", "device", "out", "resume", "callbacks", "progress")
 _DATA_OMIT = ("root", "download")
@@ -62,6 +62,29 @@ class Evaluate(Keys):
     after_training: Annotated[bool, Field(strict=True)] = True
 
 
+class AutoencoderKeys(Keys):
+    """The first stage of an X-VAE: an autoencoder of the spec's encoder, decoder and likelihood.
+
+    Attributes:
+        epochs: Length of its training.
+        batch_size: Data per step.
+        lr: Learning rate.
+        schedule: Schedule of the learning rate, ``"none"`` for a constant one.
+        patience: Epochs without a better validation loss after which it stops, ``"none"`` for the full
+            length.
+        code_l2: Weight of the squared code in the loss, nats.
+        noise: Standard deviation of noise on the code in training, in its own units.
+    """
+
+    epochs: Positive = 20
+    batch_size: Positive = 128
+    lr: Annotated[float, Field(gt=0, strict=True)] = 1e-3
+    schedule: Annotated[Literal["constant", "cosine", "linear"] | None, BeforeValidator(none_word)] = "cosine"
+    patience: Annotated[Positive | None, BeforeValidator(none_word)] = None
+    code_l2: Annotated[float, Field(ge=0, strict=True)] = 0.0
+    noise: Annotated[float, Field(ge=0, strict=True)] = 0.0
+
+
 class Spec(BaseModel):
     """A checked spec; :func:`load_spec` makes one.
 
@@ -70,6 +93,7 @@ class Spec(BaseModel):
         z_dim: Number of latent dimensions, shared by prior, encoder and decoder.
         data: Table of the data set.
         model, prior, posterior, encoder, decoder, likelihood: Tables of the parts, with their ``kind``.
+        autoencoder: The first stage of a model that has one, ``None`` for any other.
         fit: Arguments of :func:`pvae.fit`.
         evaluate: How the trained program is judged.
     """
@@ -85,6 +109,7 @@ class Spec(BaseModel):
     encoder: PartKeys
     decoder: PartKeys
     likelihood: PartKeys
+    autoencoder: AutoencoderKeys | None = None
     fit: Keys
     evaluate: Evaluate = Evaluate()
 
@@ -129,7 +154,7 @@ class Spec(BaseModel):
                     for key in (*type(value).model_fields, *(value.model_extra or ()))
                 }
                 tables.append("\n".join([f"[{name}]", *(f"{key} = {_toml(v)}" for key, v in keys.items())]))
-            else:
+            elif value is not None:
                 top.append(f"{name} = {_toml(value)}")
         return "\n\n".join(["\n".join(top), *tables]) + "\n"
 
@@ -182,6 +207,7 @@ def parse(text: str, overrides: Iterable[str] = ()) -> Spec:
     for table, kind in TABLES.items():
         if isinstance(raw[table], dict):
             raw[table].setdefault("kind", kind)
+    _set_first_stage(raw)
     spec_type = _spec_type()
     try:
         spec = spec_type.model_validate(raw)
@@ -193,6 +219,17 @@ def parse(text: str, overrides: Iterable[str] = ()) -> Spec:
     if (settings["epochs"] is None) == (settings["steps"] is None):
         raise SpecError("[fit] needs epochs or steps, one of the two")
     return spec
+
+
+def _set_first_stage(raw: dict[str, Any]) -> None:
+    """Give an X-VAE its first stage, with defaults, and refuse one for any other model."""
+    kind = raw["model"].get("kind") if isinstance(raw["model"], dict) else None
+    if kind == "x_vae":
+        raw.setdefault("autoencoder", {})
+    elif "autoencoder" in raw:
+        raise SpecError(
+            f"[autoencoder] is the first stage of model.kind = 'x_vae', but this model is '{kind}'"
+        )
 
 
 def _find(path_or_name: str | Path) -> Path:
@@ -226,6 +263,8 @@ def _override(tables: dict[str, Any], override: str) -> None:
         raise SpecError(f"cannot set {name}.{key}: {name} is not a table")
     if key == "kind" and value != table.get("kind", TABLES.get(name)):
         table.clear()  # the other keys are arguments of the part that goes
+        if name == "model":
+            tables.pop("autoencoder", None)  # and so does its first stage
     if name == "fit" and key in ("epochs", "steps"):
         table.pop("steps" if key == "epochs" else "epochs", None)  # one of the two
     table[key] = value

@@ -24,6 +24,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CASES:
         monkeypatch.setitem(CASES, name, TINY)
     monkeypatch.setattr(bench, "_NUM_IMAGES", 5)
+    monkeypatch.setattr(bench, "_FLOW_STEPS", 2)
     monkeypatch.setattr(bench, "_NUM_PARTICLES", 30)
 
 
@@ -103,6 +104,7 @@ def test_smoke(tiny: None, tmp_path: Path) -> None:
         *((name, yardstick, 2) for name in CASES for yardstick in ("loop", "stock SVI")),
         ("evaluation", "decoder", 2),
         ("evaluation", "decoder + density", 2),
+        ("cvae-nf", "N(0, I)", 2),
     ]
     assert all(row["ratio"] > 0 for row in rows)  # type: ignore[operator]
     written = json.loads(out.read_text())
@@ -140,7 +142,10 @@ def test_graph_engine_is_measured(tiny: None) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"names": ("large",)}, "benchmark must be one of small, medium, conv, evaluation, got 'large'"),
+        (
+            {"names": ("large",)},
+            "benchmark must be one of small, medium, conv, evaluation, cvae-nf, got 'large'",
+        ),
         ({"engines": ("jit",)}, "engine must be one of eager, graph, got 'jit'"),
         ({"rounds": 0}, "must be positive, got 0"),
     ],

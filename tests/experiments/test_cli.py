@@ -94,7 +94,7 @@ def test_list_names_recipes_data_and_parts() -> None:
     text = _pvae("list").stdout
     for name in (*recipes(), "digits", "two_moons", *(kind for kinds in PARTS.values() for kind in kinds)):
         assert re.search(rf"(^|\s){re.escape(name)}(,|\s|$)", text), name
-    assert "normal   standard normal, no parameters (default)" in text
+    assert re.search(r"normal +standard normal, no parameters \(default\)", text)
     listed = json.loads(_pvae("list", "--json").stdout)
     assert listed["recipes"]["vae"] == "Gaussian VAE on 8x8 digits"
     assert set(listed["parts"]["prior"]) == set(PARTS["prior"])
@@ -210,8 +210,105 @@ def test_sample(copy: Path, tmp_path: Path) -> None:
     assert _pvae("sample", copy).stdout.strip() == str(copy / "figures" / "samples.png")
     out = tmp_path / "new" / "s.png"
     printed = json.loads(_pvae("sample", copy, "--num", 5, "--seed", 2, "--out", out, "--json").stdout)
-    assert printed == {"run": str(copy), "num": 5, "seed": 2, "figure": str(out)}
+    assert printed == {
+        "run": str(copy),
+        "num": 5,
+        "seed": 2,
+        "options": {},
+        "rows": [],
+        "figure": str(out),
+    }
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+SEES_LABELS = ["model=conditional", "decoder.label_dim=4", "fit.steps=2", "evaluate.after_training=false"]
+SPRITES = ["data=sprites", "data.num_train=2000", "data.valid=60", "data.num_test=1"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a conditional model with a flow prior on classes, not to be changed."""
+    path = tmp_path_factory.mktemp("cli") / "classes"
+    _pvae("train", "vae", *SMALL, *SEES_LABELS, "prior=conditional_flow", "--out", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a conditional model on attributes, not to be changed."""
+    path = tmp_path_factory.mktemp("cli") / "attributes"
+    _pvae("train", "vae", *SMALL, *SEES_LABELS, *SPRITES, "--out", path)
+    return path
+
+
+def test_sample_by_label(labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labels.png"
+    asked = ["--labels", "0..9", "--out", out, "--json"]
+    printed = json.loads(_pvae("sample", labelled, *asked, "--sampling", "paper").stdout)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert printed["options"] == {"sampling": "paper"}
+    assert [row["label"] for row in printed["rows"]] == [str(digit) for digit in range(10)]
+    assert [row["y"] for row in printed["rows"]] == [[digit] * 8 for digit in range(10)]
+    assert sum(row["rate"] for row in printed["rows"]) == pytest.approx(1)
+
+
+def test_sample_by_attribute(sprites: Path, tmp_path: Path) -> None:
+    out = tmp_path / "attributes.png"
+    asked = ["--attributes", "striped=1,filled=0", "--attributes", "rare", "--num", 3]
+    printed = json.loads(_pvae("sample", sprites, *asked, "--out", out, "--json").stdout)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    first, *others = printed["rows"]
+    assert first["label"] == "striped=1, filled=0"
+    assert first["rate"] == pytest.approx(0.036, abs=0.02)  # the sampling table's
+    assert [(y[3], y[2]) for y in first["y"]] == [(1, 0)] * 3
+    assert "bordered=1, dotted=1" in [row["label"] for row in others]
+    assert all(row["rate"] < 0.005 for row in others)
+
+
+def test_sample_of_a_conditional_model_has_labels_of_the_data(labelled: Path, tmp_path: Path) -> None:
+    asked = ["--num", 12, "--out", tmp_path / "s.png", "--json"]
+    (row,) = json.loads(_pvae("sample", labelled, *asked).stdout)["rows"]
+    assert len(row["y"]) == 12
+    assert set(row["y"]) <= set(range(10))
+    assert (labelled / "figures" / "samples.png").is_file()  # drawn at the end of training too
+
+
+def test_sample_at_a_scale(tmp_path: Path) -> None:
+    run = tmp_path / "codes"
+    changes = ["fit.steps=2", "evaluate.after_training=false", "autoencoder.epochs=1"]
+    _pvae("train", "x-vae-digits", *SMALL, *changes, "--out", run)
+    for options, name in {
+        ("--scale", 0.5): "samples-scale-0.5",
+        ("--scale", 0, "--scale-mode", "global"): "samples-scale-0-global",
+        ("--scale-sweep", "--num", 2): "scale-sweep",
+    }.items():
+        assert _pvae("sample", run, *options).stdout.strip() == str(run / "figures" / f"{name}.png")
+    printed = json.loads(_pvae("sample", run, "--scale-sweep", "--json").stdout)
+    assert [row["scale"] for row in printed["rows"]] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+    assert "kind 'conditional', but this run's is 'x_vae'" in _refused("sample", run, "--labels", "0")
+
+
+BAD_SAMPLES = {
+    "plain --scale 0.5": "--scale needs a model of kind 'x_vae', but this run's is 'vae'",
+    "plain --labels 0..9": "--labels needs a model of kind 'conditional', but this run's is 'vae'",
+    "labelled --labels 0..10": "digits has no label '10': choose from 0 to 9",
+    "labelled --labels 3..": "--labels must read such as 0..9 or 0,9, got '3..'",
+    "labelled --sampling exakt": "unknown --sampling 'exakt': did you mean 'exact'?",
+    "labelled --attributes dotted=1": "the labels of digits are classes: use --labels, not --attributes",
+    "sprites --labels 0": "the labels of sprites are attributes: use --attributes, not --labels",
+    "sprites --attributes bordred=1": "sprites has no attribute 'bordred': did you mean 'bordered'?",
+    "sprites --attributes bordered=2": "attribute bordered must be 0 or 1, got '2'",
+    "sprites --attributes bordered": "--attributes must read such as round=1,dotted=0, got 'bordered'",
+}
+
+
+@pytest.mark.parametrize("command", list(BAD_SAMPLES))
+def test_what_cannot_be_sampled_is_one_sentence(
+    command: str, run: Path, labelled: Path, sprites: Path
+) -> None:
+    where, *options = command.split()
+    folder = {"plain": run, "labelled": labelled, "sprites": sprites}[where]
+    assert _refused("sample", folder, *options) == BAD_SAMPLES[command]
 
 
 def test_explain_recipe_and_run(run: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_gaussian_vae() -> None:
     assert lines["prior"] == "p(z) = N(z; 0, I)"
     assert lines["likelihood"] == "p(x | z) = ∏ᵢ Bernoulli(xᵢ; sigmoid θᵢ(z))"
     assert lines["decoder"] == "θ: ℝ³ → parameters of p(x | z), fully connected  (hidden 4, activation relu)"
-    assert lines["guide"] == "q(z | x) = N(z; μ(x), diag σ²(x))"
+    assert lines["guide"] == "q(z | x) = N(z; μ(x), diag σ²(x))  (entropy sampled)"
     assert lines["encoder"] == "μ, σ: {0, 1}^(1×8×8) → ℝ³, fully connected  (hidden 5, activation relu)"
     assert lines["objective"] == "maximise  E_q [log p(x | z) + log p(z) − log q(z | x)],  1 draw of z"
     assert lines["judged by"].endswith("p(x, zₖ) / q(zₖ | x),  K = 1,000 on the test data")
@@ -61,6 +61,24 @@ def test_the_gaussian_vae() -> None:
 )
 def test_objective(overrides: list[str], expected: str) -> None:
     assert objective(_spec(*(f"fit.{override}" for override in overrides))) == f"maximise  {expected}"
+
+
+def test_a_conditional_model_says_what_sees_the_label() -> None:
+    lines = _lines(_spec("model=conditional", "prior=conditional_flow", "decoder.label_dim=4"))
+    assert lines["joint"] == "p(x, z | y) = p(z | y) p(x | z, y)"
+    assert lines["prior"].startswith("p(z | y) = N(f(z); μ(y), diag σ²(y)) |det ∂f/∂z|,  f = 4 couplings")
+    assert lines["guide"].startswith("q(z | x) = N(z; μ(x)")
+    assert lines["objective"].startswith("maximise  E_q [log p(x | z, y) + log p(z | y) − log q(z | x)]")
+    assert lines["judged by"].startswith("log p(x | y) ≥ E log 1/K Σₖ p(x, zₖ | y) / q(zₖ | x)")
+    lines = _lines(_spec("model=conditional", "encoder.label_dim=4", "decoder.label_dim=4"))
+    assert lines["joint"] == "p(x, z | y) = p(z) p(x | z, y)"
+    assert lines["guide"].startswith("q(z | x, y) = N(z; μ(x, y), diag σ²(x, y))")
+
+
+def test_an_x_vae_says_its_first_stage() -> None:
+    text = explain(_spec("model=x_vae", "prior=codes", "autoencoder.code_l2=0.1"), None)
+    assert "first stage minimise  −log p(x | z = a(x)) + 0.1 ‖a(x)‖²,  20 epochs at 0.001" in text
+    assert "first stage" not in explain(_spec(), None)
 
 
 def test_training_only_settings_are_said() -> None:
@@ -97,6 +115,8 @@ def test_every_part_can_be_said_with_and_without_data(table: str, kind: str) -> 
     values = {"bernoulli": "binary", "categorical": "count", "poisson": "count", "negative_binomial": "count"}
     loaded = ["data.binarize=none", f"data.scale={'count' if values.get(kind) == 'count' else 'unit'}"]
     changes = [f"{table}={kind}", *(loaded if table == "likelihood" and kind != "bernoulli" else [])]
+    changes += {"codes": ["model=x_vae"]}.get(kind, [])
+    changes += ["model=conditional"] if kind.startswith("conditional") else []
     spec = parse("[data]\nname = 'digits'\n[fit]\nepochs = 2\n", ["z_dim=12", *changes])
     data = spec.load_data()
     said, unsaid = explain(spec, data), explain(spec, None)

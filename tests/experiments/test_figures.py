@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from pvae.data import Data
+from pvae.data import Data, from_tensors
 from pvae.experiments import Program, figures
 from pvae.experiments.spec import parse
 
@@ -61,12 +62,47 @@ def test_grid_places_every_image() -> None:
     assert (grid[3] == 1).all()
 
 
-def test_grid_keeps_colours_and_scales_counts() -> None:
+def test_grid_keeps_colours() -> None:
     colour = torch.rand(1, 3, 4, 4)
     assert np.allclose(figures._grid(colour, 1), colour[0].permute(1, 2, 0).numpy())
-    assert figures._grid(torch.full((1, 1, 2, 2), 16.0), 1).max() == 1
-    signed = figures._grid(torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1), 3)
-    assert (signed.min(), signed.max()) == (0, 1)
+
+
+def test_grid_clips_and_never_rescales() -> None:
+    x = torch.tensor([-0.2, 0.0, 0.5, 1.0, 1.3]).reshape(1, 1, 1, 5)
+    assert figures._grid(x, 1)[0, :, 0].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    counts = torch.tensor([-1.0, 0.0, 4.0, 16.0, 20.0]).reshape(1, 1, 1, 5)
+    assert figures._grid(counts, 1, (0.0, 16.0))[0, :, 0].tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    signed = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 5)
+    assert figures._grid(signed, 1, (-1.0, 1.0))[0, :, 0].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+_RANGES: list[tuple[Tensor, dict[str, Any], tuple[float, float]]] = [
+    (torch.tensor([0.0, 1.0, 1.0]), {}, (0, 1)),
+    (torch.tensor([0.25, 0.5, 0.6]), {}, (0, 1)),
+    (torch.tensor([1, 5, 9], dtype=torch.uint8), {"levels": 17}, (0, 1)),
+    (torch.tensor([1, 5, 9], dtype=torch.uint8), {"levels": 17, "scale": "count"}, (0, 16)),
+    (torch.tensor([3, 5, 9]), {}, (0, 9)),
+    (torch.tensor([-3.0, 2.5, 0.0]), {}, (-3, 2.5)),
+    (torch.tensor([2.0, 2.0, 2.0]), {}, (2, 3)),
+]
+
+
+@pytest.mark.parametrize(("values", "options", "expected"), _RANGES)
+def test_black_and_white_stand_for_the_bounds_of_the_data(
+    values: Tensor, options: dict[str, Any], expected: tuple[float, float]
+) -> None:
+    data = from_tensors(values.reshape(3, 1, 1, 1), **options)
+    assert figures.value_range(data.train) == expected
+
+
+def test_a_mean_outside_the_unit_interval_dims_no_other(tmp_path: Path) -> None:
+    x = torch.full((4, 1, 4, 4), 0.5)
+    beyond = x.clone()
+    beyond[0, 0, 0, 0] = 3.0
+    inside = x.clone()
+    inside[0, 0, 0, 0] = 1.0
+    drawn = [_pixels(figures.samples(each, each, tmp_path / "s.png")) for each in (beyond, inside)]
+    assert np.array_equal(*drawn)
 
 
 def test_samples_share_their_latents_and_follow_the_seed() -> None:
@@ -113,6 +149,79 @@ def test_points_are_scattered(tmp_path: Path) -> None:
     blue = np.abs(_pixels(path)[..., :3] * 255 - (0x2F, 0x6F, 0xAB)).max(-1) < 100
     assert blue.sum() > 200
     assert _pixels(figures.samples(*figures.draw_samples(program, 50), tmp_path / "s.png")).std() > 0.02
+
+
+def test_labels_stand_left_of_their_rows(tmp_path: Path) -> None:
+    levels = (0.2, 0.6, 0.8)
+    rows = [torch.full((5, 1, 8, 8), level) for level in levels]
+    drawn = []
+    for labels in (("00", "33", "88"), ("88", "33", "00")):
+        means = dict(zip(labels, rows, strict=True))
+        path = figures.labelled_grid(means, tmp_path / "l.png", "title", draws=means)
+        drawn.append(_pixels(path)[..., :3])
+    tiles = [(np.abs(drawn[0] - level).max(-1) < 0.01) for level in levels]
+    left = min(np.nonzero(tile)[1].min() for tile in tiles)
+    changed = (np.abs(drawn[0] - drawn[1]).max(-1) > 0.1).nonzero()
+    assert changed[1].max() < left
+    # What changed is the first and the last label, each beside the tiles of its own row.
+    for tile, expected in zip(tiles, (True, False, True), strict=True):
+        inside = tile[:, left:].any(1).nonzero()[0]
+        assert ((changed[0] >= inside.min()) & (changed[0] <= inside.max())).any() == expected
+    assert [tile.any(1).nonzero()[0].min() for tile in tiles] == sorted(
+        tile.any(1).nonzero()[0].min() for tile in tiles
+    )
+
+
+def test_labelled_rows_stand_beside_their_draws(tmp_path: Path) -> None:
+    means = {"a": torch.full((3, 1, 4, 4), 0.3), "b": torch.full((3, 1, 4, 4), 0.3)}
+    draws = {"a": torch.full((3, 1, 4, 4), 0.7), "b": torch.full((3, 1, 4, 4), 0.7)}
+    pixels = _pixels(figures.labelled_grid(means, tmp_path / "l.png", draws=draws))[..., :3]
+    dark, light = ((np.abs(pixels - level).max(-1) < 0.01).nonzero() for level in (0.3, 0.7))
+    assert dark[1].max() < light[1].min()
+    assert set(dark[0]) == set(light[0])
+
+
+def test_a_labelled_grid_needs_equal_rows(tmp_path: Path) -> None:
+    rows = {"a": torch.zeros(3, 1, 4, 4), "b": torch.zeros(2, 1, 4, 4)}
+    for given in (rows, {}):
+        with pytest.raises(ValueError, match="the same number of images for every label"):
+            figures.labelled_grid(given, tmp_path / "l.png", draws=given)
+
+
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    rows = {"$a": torch.zeros(2, 1, 4, 4), r"\frac$": torch.zeros(2, 1, 4, 4)}
+    points = {name: torch.randn(5, 2) for name in rows}
+    assert figures.labelled_grid(rows, tmp_path / "l.png", draws=rows).is_file()
+    assert figures.labelled_grid(points, tmp_path / "p.png", draws=points).is_file()
+
+
+def test_hundreds_of_labels_make_a_picture_that_can_be_opened(tmp_path: Path) -> None:
+    rows = {str(label): torch.zeros(1, 1, 2, 2) for label in range(180)}
+    assert max(_pixels(figures.labelled_grid(rows, tmp_path / "l.png", draws=rows)).shape) < 10_000
+
+
+def test_labelled_points_have_a_colour_each_and_a_legend(tmp_path: Path) -> None:
+    rows = {name: torch.randn(40, 2) for name in ("upper", "lower")}
+    pixels = _pixels(figures.labelled_grid(rows, tmp_path / "p.png", "title", draws=rows))[..., :3] * 255
+    for colour in ((0x2F, 0x6F, 0xAB), (0xD9, 0x82, 0x2B)):
+        where = (np.abs(pixels - colour).max(-1) < 100).nonzero()[1]
+        assert len(where) > 200
+        assert where.max() > 0.85 * pixels.shape[1]  # the legend, right of both panels
+
+
+def test_draws_share_noise_across_labels_and_options() -> None:
+    class Shifted(torch.nn.Module):
+        def sample(self, n: int, y: Tensor, mean: bool, scale: float = 1.0) -> Tensor:
+            z = scale * torch.randn(n, 2) + y[:, None]
+            return z if mean else z + torch.randn(n, 2)
+
+    program = Program(Shifted(), torch.nn.Module())
+    means, draws = figures.draw_samples(program, 4, 3, torch.zeros(4))
+    others, _ = figures.draw_samples(program, 4, 3, torch.ones(4))
+    halved, _ = figures.draw_samples(program, 4, 3, torch.zeros(4), scale=0.5)
+    assert torch.allclose(others, means + 1)
+    assert torch.allclose(halved, means / 2)
+    assert not torch.allclose(draws, means)
 
 
 def test_reading_metrics_stops_at_a_line_cut_off(tmp_path: Path) -> None:

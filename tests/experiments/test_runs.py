@@ -12,6 +12,7 @@ import pvae
 from pvae.experiments import RunError, Spec, SpecError, load_spec, open_run, runs
 from pvae.experiments.jobs import evaluate, sample, train
 from pvae.experiments.runs import RunFolder
+from pvae.experiments.sampling import Wanted
 from pvae.experiments.spec import Evaluate
 from pvae.inference import NonFiniteLoss
 
@@ -125,9 +126,9 @@ def test_evaluations_are_kept_by_their_settings(copy: Path) -> None:
 def test_sampling_goes_where_it_is_asked_to(copy: Path, tmp_path: Path) -> None:
     opened = open_run(copy)
     before = (copy / "figures" / "samples.png").read_bytes()
-    assert sample(opened, 4, tmp_path / "x" / "four.png") == tmp_path / "x" / "four.png"
+    assert sample(opened, Wanted(num=4), tmp_path / "x" / "four.png").path == tmp_path / "x" / "four.png"
     assert (copy / "figures" / "samples.png").read_bytes() == before
-    assert sample(opened, 4) == copy / "figures" / "samples.png"
+    assert sample(opened, Wanted(num=4)).path == copy / "figures" / "samples.png"
     assert (copy / "figures" / "samples.png").read_bytes() != before
 
 
