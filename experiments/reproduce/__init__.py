@@ -1,0 +1,24 @@
+"""Studies that reproduce a paper's claims: many trainings, one table."""
+
+from .ledger import Ledger, Record
+from .report import report
+from .runner import Plan, plan, run
+from .studies import STUDIES
+from .study import SCALES, Cell, Context, Metrics, Scale, Source, Study
+
+__all__ = [
+    "SCALES",
+    "STUDIES",
+    "Cell",
+    "Context",
+    "Ledger",
+    "Metrics",
+    "Plan",
+    "Record",
+    "Scale",
+    "Source",
+    "Study",
+    "plan",
+    "report",
+    "run",
+]

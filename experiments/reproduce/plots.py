@@ -1,0 +1,99 @@
+"""Figures of a study, from its records alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..figures import _BLUE, _GREY, _INK, _MARKERS, _RC, _SERIES, _figure, _save
+from .ledger import Record
+from .tables import Column, configurations, interval
+
+__all__ = ["curves", "dots"]
+
+_BASELINE = {"linewidth": 5, "alpha": 0.4, "markersize": 9}
+
+
+def dots(
+    records: Sequence[Record],
+    factors: Sequence[str],
+    columns: Sequence[Column],
+    path: Path,
+    title: str = "",
+    *,
+    name: Callable[[tuple[str, ...]], str] = ", ".join,
+) -> Path:
+    """Draw one panel for each metric, one row for each configuration: every seed, the mean and its interval.
+
+    Args:
+        records: Records that may be compared.
+        factors: Factors that name a row.
+        columns: Metrics; those that no record has are left out.
+        path: PNG to write.
+        title: Line above the panels.
+        name: Called with the tuple of a row's factors, returns what stands beside the row.
+    """
+    import matplotlib as mpl
+
+    groups = configurations(records, factors)
+    cells = [record for group in groups.values() for record in group]
+    shown = [c for c in columns if any(r.metrics.get(c.key) is not None for r in cells)]
+    with mpl.rc_context(_RC):
+        figure = _figure(2.4 + 2.6 * max(1, len(shown)), 0.9 + 0.24 * len(groups))
+        panels = figure.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
+        for axes, column in zip(panels, shown, strict=False):
+            for row, group in enumerate(groups.values()):
+                values = [r.metrics.get(column.key) for r in group]
+                known = [column.factor * value for value in values if value is not None]
+                if not known:
+                    continue
+                mean = interval(known)
+                axes.plot(known, [row] * len(known), "o", color=_GREY, markersize=2.5, alpha=0.7)
+                half = mean.half if mean.half == mean.half else 0.0  # NaN: a single seed has no interval
+                axes.errorbar(mean.mean, row, xerr=half, fmt="o", color=_BLUE, markersize=4.5, linewidth=1.2)
+            axes.set_title(column.title)
+        panels[0].set_yticks(range(len(groups)), [name(values) for values in groups], color=_INK)
+        panels[0].invert_yaxis()
+        return _save(figure, path, title)
+
+
+def curves(
+    lines: Mapping[str, Sequence[tuple[str, float, float]]],
+    path: Path,
+    title: str = "",
+    *,
+    across: str,
+    up: str,
+    point: tuple[str, float, float] | None = None,
+) -> Path:
+    """Draw one line for each name through marked points; the first, the baseline, is wide and pale.
+
+    Args:
+        lines: Of each name its points: what stands beside a point (or nothing), and its two coordinates.
+        path: PNG to write.
+        title: Line above the panel.
+        across: What the first coordinate is.
+        up: What the second coordinate is, on a logarithmic axis.
+        point: A reference: its name and coordinates.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context(_RC):
+        figure = _figure(7.2, 4.6)
+        axes: Any = figure.subplots()
+        for i, (name, points) in enumerate(lines.items()):
+            texts, xs, ys = zip(*points, strict=True)
+            style: dict[str, Any] = {
+                "color": _SERIES[i % len(_SERIES)],
+                "marker": _MARKERS[i % len(_MARKERS)],
+            }
+            style |= _BASELINE if i == 0 else {"linewidth": 1.3, "markersize": 4}
+            axes.plot(xs, ys, label=name, **style)
+            for text, x, y in zip(texts, xs, ys, strict=True):
+                axes.annotate(
+                    text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=_GREY
+                )
+        if point is not None:
+            axes.plot(*point[1:], "*", color=_INK, markersize=11, label=point[0])
+        axes.set(xlabel=across, ylabel=up, yscale="log")
+        axes.legend()
+        return _save(figure, path, title)

@@ -1,0 +1,9 @@
+"""The studies by name."""
+
+from .cvae_nf import CVAENF
+from .study import Study
+from .x_vae import XVAEStudy
+
+__all__ = ["STUDIES"]
+
+STUDIES: dict[str, Study] = {study.name: study for study in (CVAENF(), XVAEStudy())}
