@@ -13,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pvae import canvas
 from pvae.data import Split
 from pvae.inference.isolation import device_of, evaluating
 
@@ -35,31 +36,7 @@ __all__ = [
 PANELS = ("mean of p(x | z),  z ~ p(z)", "draw  x ~ p(x | z), same z")
 """What stands above the two panels of samples of a model without labels."""
 
-_INK, _GREY, _LINE = "#22303c", "#7b8794", "#e4e7eb"
-_BLUE, _ORANGE, _GREEN = "#2f6fab", "#d9822b", "#3a9a6b"
-_SERIES = (_BLUE, _ORANGE, _GREEN, "#b5474b", "#7a5ea8", "#8a6d4b", "#c770a6", "#9a9b35", "#35a0b5")
-_MARKERS = "o^sDvP"
 _LARGEST = 60.0  # inches: a picture of hundreds of labels is still one that can be opened
-_RC = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "axes.grid": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.dpi": 160,
-}
 
 
 def loss_curves(metrics: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> Path:
@@ -76,17 +53,15 @@ def loss_curves(metrics: Iterable[Mapping[str, Any]], path: Path, title: str = "
     rows = list(metrics)
     if not any("loss" in row for row in rows):
         raise ValueError("metrics must hold at least one row with a loss, got none")
-    import matplotlib as mpl
-
-    with mpl.rc_context(_RC):
-        figure = _figure(8.4, 3.3)
+    with canvas.look():
+        figure = canvas.figure(8.4, 3.3)
         left, middle, right = figure.subplots(1, 3)
-        _line(left, rows, "loss", _BLUE, "train")
-        _line(left, rows, "valid_loss", _ORANGE, "valid")
+        _line(left, rows, "loss", canvas.BLUE, "train")
+        _line(left, rows, "valid_loss", canvas.ORANGE, "valid")
         left.set(title="loss (minus the objective)", ylabel="nats per datum")
-        _line(middle, rows, "reconstruction", _GREEN, "reconstruction")
+        _line(middle, rows, "reconstruction", canvas.GREEN, "reconstruction")
         middle.set_title("reconstruction  −E log p(x | z)")
-        _line(right, rows, "kl", _ORANGE, "kl")
+        _line(right, rows, "kl", canvas.ORANGE, "kl")
         right.set_title("rate  KL(q(z | x) ‖ p(z))")
         for axes in (left, middle, right):
             axes.set_xlabel("step")
@@ -94,7 +69,7 @@ def loss_curves(metrics: Iterable[Mapping[str, Any]], path: Path, title: str = "
             _zoom(axes)
         if any("valid_loss" in row for row in rows):
             left.legend()
-        return _save(figure, path, title)
+        return canvas.save(figure, path, title)
 
 
 def reconstructions(program: Program, split: Split, path: Path, title: str = "", num: int = 10) -> Path:
@@ -194,13 +169,11 @@ def labelled_grid(
     """
     if len({len(x) for shown in (rows, draws) for x in shown.values()}) != 1:
         raise ValueError("rows and draws must hold the same number of images for every label")
-    import matplotlib as mpl
-
     shown = dict(zip(panels, (rows, draws), strict=True))
     first = next(iter(rows.values()))
-    with mpl.rc_context({**_RC, "axes.grid": first.ndim != 4}):
+    with canvas.look(grid=first.ndim != 4):
         figure = _label_rows(shown, bounds) if first.ndim == 4 else _scatter(shown)
-        return _save(figure, path, title)
+        return canvas.save(figure, path, title)
 
 
 def value_range(split: Split) -> tuple[float, float]:
@@ -240,39 +213,34 @@ def _compare(
     panels: Mapping[str, Tensor], path: Path, title: str, columns: int, bounds: tuple[float, float]
 ) -> Path:
     """Draw panels of data: images as grids, anything else as the first two coordinates."""
-    import matplotlib as mpl
-
     first = next(iter(panels.values()))
-    with mpl.rc_context({**_RC, "axes.grid": first.ndim != 4}):
+    with canvas.look(grid=first.ndim != 4):
         if first.ndim != 4:
-            return _save(_scatter({name: {"": x} for name, x in panels.items()}), path, title)
+            return canvas.save(_scatter({name: {"": x} for name, x in panels.items()}), path, title)
         # One row of images: panels stand on top of one another, so that each datum has a column.
         stacked = len(first) <= columns
         grids = {name: _grid(x, columns, bounds) for name, x in panels.items()}
         height, width = next(iter(grids.values())).shape[:2]
         wide = 7.6 if stacked else 3.9
         tall = wide * height / width + 0.3
-        figure = _figure(wide if stacked else 2 * wide, (2 * tall if stacked else tall) + 0.35)
+        figure = canvas.figure(wide if stacked else 2 * wide, (2 * tall if stacked else tall) + 0.35)
         axes = figure.subplots(*((2, 1) if stacked else (1, 2)))
         for panel, (name, grid) in zip(axes, grids.items(), strict=True):
             panel.imshow(grid, interpolation="nearest", vmin=0, vmax=1)
             panel.set_title(name)
             panel.set_axis_off()
-        return _save(figure, path, title)
+        return canvas.save(figure, path, title)
 
 
 def _scatter(panels: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
     """Draw the first two coordinates, every label in a colour of its own; a legend if there are labels."""
-    figure = _figure(7.6, 3.9)
+    figure = canvas.figure(7.6, 3.9)
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
     for panel, (name, series) in zip(axes, panels.items(), strict=True):
         for i, (label, x) in enumerate(series.items()):
             points = x.detach().float().cpu().numpy().reshape(len(x), -1)
             across, up = points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
-            colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i // len(_SERIES) % len(_MARKERS)]
-            panel.scatter(
-                across, up, s=6, alpha=0.6, color=colour, marker=marker, linewidths=0, label=_plain(label)
-            )
+            panel.scatter(across, up, s=6, alpha=0.6, linewidths=0, label=_plain(label), **canvas.series(i))
         panel.set(title=name, xlabel="x₁", ylabel="x₂")
     if any(label for series in panels.values() for label in series):
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", markerscale=2)
@@ -292,7 +260,7 @@ def _label_rows(panels: Mapping[str, Mapping[str, Tensor]], bounds: tuple[float,
     row = max(0.4, 0.04 + 0.14 * lines)
     wide = max(0.2 + 0.07 * max(map(len, panels)), row * columns * run / rise)
     width, height = 0.3 + 0.075 * letters + len(panels) * wide, 0.7 + row * len(rows)
-    figure = _figure(min(width, _LARGEST), min(height, _LARGEST))
+    figure = canvas.figure(min(width, _LARGEST), min(height, _LARGEST))
     for i, (panel, (name, shown)) in enumerate(
         zip(figure.subplots(1, len(panels)), panels.items(), strict=True)
     ):
@@ -305,7 +273,7 @@ def _label_rows(panels: Mapping[str, Mapping[str, Tensor]], bounds: tuple[float,
         panel.set_xticks([])
         middles = [k * (rise + _gap(rise)) + (rise - 1) / 2 for k in range(len(labels))]
         panel.set_yticks(middles, labels if i == 0 else [""] * len(labels))
-        panel.tick_params(length=0, labelsize=8 * min(1.0, _LARGEST / height), labelcolor=_INK)
+        panel.tick_params(length=0, labelsize=8 * min(1.0, _LARGEST / height), labelcolor=canvas.INK)
     return figure
 
 
@@ -352,20 +320,3 @@ def _zoom(axes: Any) -> None:
     settled = np.concatenate([values[len(values) // 20 :] for values in drawn])
     margin = 0.08 * max(float(np.ptp(settled)), 1e-3)
     axes.set_ylim(settled.min() - margin, settled.max() + margin)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: "Figure", path: Path, title: str) -> Path:
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": "pvae"})
-    return path

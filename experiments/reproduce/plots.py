@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..figures import _BLUE, _GREY, _INK, _MARKERS, _RC, _SERIES, _figure, _save
+from pvae import canvas
+
 from .ledger import Record
 from .tables import Column, configurations, interval
 
@@ -32,13 +33,11 @@ def dots(
         title: Line above the panels.
         name: Called with the tuple of a row's factors, returns what stands beside the row.
     """
-    import matplotlib as mpl
-
     groups = configurations(records, factors)
     cells = [record for group in groups.values() for record in group]
     shown = [c for c in columns if any(r.metrics.get(c.key) is not None for r in cells)]
-    with mpl.rc_context(_RC):
-        figure = _figure(2.4 + 2.6 * max(1, len(shown)), 0.9 + 0.24 * len(groups))
+    with canvas.look():
+        figure = canvas.figure(2.4 + 2.6 * max(1, len(shown)), 0.9 + 0.24 * len(groups))
         panels = figure.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
         for axes, column in zip(panels, shown, strict=False):
             for row, group in enumerate(groups.values()):
@@ -47,13 +46,14 @@ def dots(
                 if not known:
                     continue
                 mean = interval(known)
-                axes.plot(known, [row] * len(known), "o", color=_GREY, markersize=2.5, alpha=0.7)
+                axes.plot(known, [row] * len(known), "o", color=canvas.GREY, markersize=2.5, alpha=0.7)
                 half = mean.half if mean.half == mean.half else 0.0  # NaN: a single seed has no interval
-                axes.errorbar(mean.mean, row, xerr=half, fmt="o", color=_BLUE, markersize=4.5, linewidth=1.2)
+                look = {"fmt": "o", "color": canvas.BLUE, "markersize": 4.5, "linewidth": 1.2}
+                axes.errorbar(mean.mean, row, xerr=half, **look)
             axes.set_title(column.title)
-        panels[0].set_yticks(range(len(groups)), [name(values) for values in groups], color=_INK)
+        panels[0].set_yticks(range(len(groups)), [name(values) for values in groups], color=canvas.INK)
         panels[0].invert_yaxis()
-        return _save(figure, path, title)
+        return canvas.save(figure, path, title)
 
 
 def curves(
@@ -75,25 +75,20 @@ def curves(
         up: What the second coordinate is, on a logarithmic axis.
         point: A reference: its name and coordinates.
     """
-    import matplotlib as mpl
-
-    with mpl.rc_context(_RC):
-        figure = _figure(7.2, 4.6)
+    with canvas.look():
+        figure = canvas.figure(7.2, 4.6)
         axes: Any = figure.subplots()
         for i, (name, points) in enumerate(lines.items()):
             texts, xs, ys = zip(*points, strict=True)
-            style: dict[str, Any] = {
-                "color": _SERIES[i % len(_SERIES)],
-                "marker": _MARKERS[i % len(_MARKERS)],
-            }
+            style: dict[str, Any] = {**canvas.series(i)}
             style |= _BASELINE if i == 0 else {"linewidth": 1.3, "markersize": 4}
             axes.plot(xs, ys, label=name, **style)
             for text, x, y in zip(texts, xs, ys, strict=True):
                 axes.annotate(
-                    text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=_GREY
+                    text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=canvas.GREY
                 )
         if point is not None:
-            axes.plot(*point[1:], "*", color=_INK, markersize=11, label=point[0])
+            axes.plot(*point[1:], "*", color=canvas.INK, markersize=11, label=point[0])
         axes.set(xlabel=across, ylabel=up, yscale="log")
         axes.legend()
-        return _save(figure, path, title)
+        return canvas.save(figure, path, title)

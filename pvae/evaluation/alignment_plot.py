@@ -6,27 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae import canvas
+
 __all__ = ["plot_alignment"]
 
-_INK, _GREY, _LINE = "#22303c", "#7b8794", "#e4e7eb"
-_BLUE, _ORANGE = "#2f6fab", "#d9822b"
-_RC = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "text.color": _INK,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.dpi": 160,
-}
 _SHOWN = 6
 _POINTS = 1500
 
@@ -41,14 +24,9 @@ def plot_alignment(z_posterior: Tensor, z_prior: Tensor, scale: Tensor, path: Pa
         path: PNG to write.
         title: Line above the panels.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     worst = worst_dimensions(z_posterior, z_prior, scale)[:_SHOWN].tolist()
-    with mpl.rc_context(_RC):
-        figure = Figure(figsize=(9.4, 4.0), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
+    with canvas.look(grid=False):
+        figure = canvas.figure(9.4, 4.0)
         grid = figure.add_gridspec(2, 5)
         for place, j in enumerate(worst):
             axes = figure.add_subplot(grid[place // 3, place % 3])
@@ -56,16 +34,15 @@ def plot_alignment(z_posterior: Tensor, z_prior: Tensor, scale: Tensor, path: Pa
             axes.set_title(f"dimension {j + 1}")
         axes = figure.add_subplot(grid[:, 3:])
         plane_q, plane_p = principal_plane(z_posterior, z_prior, scale)
-        for plane, colour, label in ((plane_p, _ORANGE, "prior"), (plane_q, _BLUE, "aggregate posterior")):
+        for plane, colour, label in (
+            (plane_p, canvas.ORANGE, "prior"),
+            (plane_q, canvas.BLUE, "aggregate posterior"),
+        ):
             across, up = plane[:_POINTS].T.numpy()
             axes.scatter(across, up, s=5, alpha=0.45, color=colour, linewidths=0, label=label)
         axes.set(title="principal plane, prior scales", xticks=[], yticks=[])
         axes.legend(loc="upper right", markerscale=2.5)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=_INK)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": "pvae"})
-    return path
+        return canvas.save(figure, path, title)
 
 
 def worst_dimensions(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -89,7 +66,7 @@ def principal_plane(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
 def _histogram(axes: Any, posterior: Tensor, prior: Tensor) -> None:
     pooled = torch.cat([posterior, prior])
     low, high = pooled.quantile(torch.tensor([0.001, 0.999], dtype=pooled.dtype)).tolist()
-    for sample, colour, style in ((prior, _ORANGE, "step"), (posterior, _BLUE, "stepfilled")):
+    for sample, colour, style in ((prior, canvas.ORANGE, "step"), (posterior, canvas.BLUE, "stepfilled")):
         axes.hist(
             sample.clamp(low, high).numpy(),
             bins=36,
