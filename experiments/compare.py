@@ -35,7 +35,7 @@ class Row:
 
     Attributes:
         name: Name of the run folders, without the seed.
-        protocol: Name, part and hash of the data that were scored.
+        protocol: Name, part and hash of the data that were scored, and whether given their labels.
         seeds: The runs' seeds.
         epochs: Length of training.
         log_likelihoods: Mean bound of each seed, nats per datum.
@@ -150,7 +150,9 @@ def _row(records: list[dict[str, Any]]) -> Row:
     protocol = estimates[0]["protocol"]
     return Row(
         name=first["name"],
-        protocol=f"{protocol['name']} {protocol['part']}, {protocol['subset'] or 'all'}, {protocol['hash']}",
+        protocol=f"{protocol['name']} {protocol['part']}, {protocol['subset'] or 'all'}, {protocol['hash']}"
+        # Densities of x and of x given y are different quantities of the same data.
+        + (", given y" if estimates[0].get("conditional", False) else ""),
         seeds=tuple(record["seed"] for record in records),
         epochs=statistics.fmean(record["epochs"] for record in records),
         log_likelihoods=tuple(e["log_likelihood"] for e in estimates),

@@ -27,6 +27,9 @@ def notes(spec: Spec, program: Program, data: Data) -> list[str]:
         found.append(f"with one particle '{objective}' is the ELBO: set fit.num_particles")
     if objective == "mean_field" and not _has_closed_form(program, data):
         found.append("KL(q(z | x) ‖ p(z)) has no closed form here: 'mean_field' draws it, as 'elbo' does")
+    kl = spec.prior.arguments().get("kl", "mc")
+    if kl != "mc" and objective != "mean_field":
+        found.append(f"prior.kl = '{kl}' enters the objective 'mean_field' alone, not '{objective}'")
     if spec.prior.kind == "vamp" and spec.posterior.kind != "normal":
         found.append("the vamp prior mixes the encoder's diagonal Gaussians, not this posterior itself")
     if data.protocol.values == "unit" and spec.likelihood.kind in ("normal", "continuous_bernoulli"):

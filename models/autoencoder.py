@@ -46,16 +46,19 @@ class _Flat(nn.Module):
 
     conditional = False
     loc: Tensor
+    scale: Tensor
 
     def __init__(self, z_dim: int, code_l2: float) -> None:
         super().__init__()
         self.z_dim = z_dim
         self.code_l2 = code_l2
+        scale = 1.0 if code_l2 == 0 else math.sqrt(0.5 / code_l2)
+        # Both lie on the device: a number made a tensor at every step would be sent there at every step.
         self.register_buffer("loc", torch.zeros(z_dim), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
-        scale = 1.0 if self.code_l2 == 0 else math.sqrt(0.5 / self.code_l2)
-        normal = dist.Normal(self.loc, self.loc.new_tensor(scale)).to_event(1)
+        normal = dist.Normal(self.loc, self.scale).to_event(1)
         # The mask leaves nothing of the density; a draw, which a first check of the program makes, is
         # harmless.
         return normal if self.code_l2 else normal.mask(False)

@@ -2,6 +2,7 @@ r"""Conditional variational autoencoder (Sohn, Lee & Yan 2015) with any conditio
 prior of CVAE-NF (arXiv:2511.08946v3).
 """
 
+from itertools import chain
 from typing import Literal
 
 import pyro
@@ -71,11 +72,17 @@ class ConditionalVAE(VAE):
     def check_labels(self, y: Tensor) -> None:
         """Refuse labels that the embeddings do not know. Synchronises: for the doors, not for the loop.
 
+        Args:
+            y: Class numbers ``(B,)`` or attributes ``(B, L)``.
+
         Raises:
             TypeError: If classes come as floats.
-            ValueError: If a label has another shape or is out of range.
+            ValueError: If labels have another shape, or one is out of range.
         """
         for space in {module.space for module in self.modules() if isinstance(module, LabelEmbedding)}:
+            wanted = "(B,)" if space.kind == "class" else f"(B, {space.size})"
+            if y.ndim != (1 if space.kind == "class" else 2):
+                raise ValueError(f"y must have shape {wanted}, got {tuple(y.shape)}")
             space.check(y)
 
     @torch.no_grad()
@@ -90,7 +97,7 @@ class ConditionalVAE(VAE):
 
         Args:
             n: Number of draws, positive.
-            y: Labels, one row for each draw, or one row for all.
+            y: Labels on any device, one row for each draw, or one row for all.
             mean: Return the mean of :math:`p(x | z, y)` instead of a draw from it.
             sampling: ``"exact"``: z from the prior. ``"paper"``: z from the base of a flow prior without the
                 way back through the flow, as in the released code of arXiv:2511.08946; those are no draws
@@ -110,6 +117,7 @@ class ConditionalVAE(VAE):
             raise ValueError(f"n must be positive, got {n}")
         y = _given(y)
         self.check_labels(y)
+        y = y.to(next((t.device for t in chain(self.parameters(), self.buffers())), y.device))
         if len(y) == 1:
             y = y.expand(n, *y.shape[1:])
         if len(y) != n:

@@ -20,9 +20,8 @@ class XVAE(VAE):
     .. math:: p(x, z) = p_{\mathrm{codes}}(z) \, p(x \mid z)
 
     A single Gaussian prior is absorbed by the affine layers that end the encoder and begin the decoder: it
-        has the
-    model class, the optimum and the samples of the standard VAE. Mixtures, a warm start or a frozen decoder
-    are where codes can matter.
+    has the model class, the optimum and the samples of the standard VAE. Mixtures, a warm start or a frozen
+    decoder are where codes can matter.
 
     Args:
         prior: Prior of the codes.

@@ -54,6 +54,7 @@ def _codes(variant: str, parametrisation: str = "raw", warm_start: bool = False)
     warm = "true" if warm_start else "false"
     return (
         f"prior.variant={variant}",
+        f"prior.covariance={'full' if variant == 'gmm' else 'diag'}",
         f"model.parametrisation={parametrisation}",
         f"model.warm_start={warm}",
     )

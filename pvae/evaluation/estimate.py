@@ -28,6 +28,7 @@ class LikelihoodEstimate:
         num_particles: Particles per datum.
         seed: Seed of the draws.
         protocol: What was scored (data set, split, binarisation, hash), if known.
+        conditional: Whether the density is that of x given its label, log p(x | y).
     """
 
     log_prob: Tensor
@@ -38,6 +39,7 @@ class LikelihoodEstimate:
     num_particles: int
     seed: int
     protocol: dict[str, Any] | None = None
+    conditional: bool = False
 
     @property
     def mean(self) -> float:
@@ -83,6 +85,7 @@ class LikelihoodEstimate:
             "num_data": len(self.log_prob),
             "num_particles": self.num_particles,
             "seed": self.seed,
+            "conditional": self.conditional,
             "protocol": self.protocol,
             "per_datum": {
                 "log_prob": self.log_prob.tolist(),
@@ -94,8 +97,9 @@ class LikelihoodEstimate:
         }
 
     def __str__(self) -> str:
+        given = " | y" if self.conditional else ""
         parts = [
-            f"log p(x) >= {self.mean:.2f} ± {self.standard_error:.2f} nats"
+            f"log p(x{given}) >= {self.mean:.2f} ± {self.standard_error:.2f} nats"
             f" (IWAE-{self.num_particles} on {len(self.log_prob)} data, Monte-Carlo error"
             f" {self.monte_carlo_error:.3f}; ELBO {self.elbo:.2f})",
             self._khat_sentence(),

@@ -99,7 +99,8 @@ def log_likelihood(
             parts.append(_summary(log_w.T.cpu().double(), rounding, start))
             report(min(part.stop, len(x)))
     log_prob, elbo, khat, ess, error = (torch.cat(column) for column in zip(*parts, strict=True))
-    return LikelihoodEstimate(log_prob, elbo, khat, ess, error, num_particles, seed, protocol)
+    columns = (log_prob, elbo, khat, ess, error)
+    return LikelihoodEstimate(*columns, num_particles, seed, protocol, conditional=y is not None)
 
 
 def _latent_size(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> int:

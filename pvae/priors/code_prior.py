@@ -34,8 +34,9 @@ class CodePrior(nn.Module):
     - ``"kde"``: a normal on each of ``num_codes`` codes. It memorises: its components are training items.
     - ``"marginal"``: an independent one-dimensional mixture in each dimension.
     - ``"paired"``: in training :math:`N(a(x), \mathrm{diag}\, h^2)` around the code of the datum itself. The
-      KL to it is no bound for the datum; it is one once ``log_num_components`` is added, and its average
-      bounds the KL between the aggregates. Called without a code it is the mixture over the codes kept, which
+      KL to it is no bound for the datum; it is one once ``log_num_components`` is added if the datum's code
+      is among those kept, and its average bounds the KL between the aggregates. Called without a code it is
+      the mixture over the codes kept, which
       likelihoods and samples use.
 
     Parameters are buffers of fixed shapes, NaN until :meth:`fit_` fills them or a fitted state is loaded.

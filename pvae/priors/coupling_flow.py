@@ -21,8 +21,8 @@ class CouplingFlow(ConditionalTransformModule):
     .. math:: f(z; c) = f_n(\,\cdot\,; c) \circ \dots \circ f_1(z; c)
 
     It starts as the identity. The literal flow of arXiv:2511.08946 is ``num_flows=1, hidden=16, bound=None,
-    masks="halves"`` without a context (the author's code); its shift and scale come from two networks, here
-    from one.
+    masks="halves"`` without a context (the author's code); its shift and scale come from two networks with
+    leaky ReLU, here from one with SiLU.
 
     Pyro's ``ConditionalAffineCoupling`` splits at one place, clamps the log-scale hard and caches. Here z and
     context broadcast both ways, and nothing is cached, so that a used module can be copied, and a tensor

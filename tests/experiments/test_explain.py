@@ -151,6 +151,10 @@ def test_numbers_of_parameters_count_shared_modules_once() -> None:
             ["prior=vamp", "prior.components=3", "posterior=flow"],
             "the vamp prior mixes the encoder's diagonal",
         ),
+        (
+            ["model=x_vae", "prior=codes", "prior.variant=gmm", "prior.kl=nearest"],
+            r"prior\.kl = 'nearest' enters the objective 'mean_field' alone, not 'elbo'",
+        ),
         (["data.binarize=none", "likelihood=normal"], r"log p\(x\) is a density on \[0, 1\]"),
         (
             ["data.binarize=none", "data.scale=count", "likelihood=normal"],
@@ -168,6 +172,7 @@ def test_notes(overrides: list[str], note: str) -> None:
         ["fit.objective=mean_field"],
         ["fit.objective=iwae", "fit.num_particles=2"],
         ["prior=vamp", "prior.components=3"],
+        ["fit.objective=mean_field", "model=x_vae", "prior=codes", "prior.variant=gmm", "prior.kl=nearest"],
         ["data.binarize=none", "likelihood=discretized_logistic_mixture"],
     ],
 )

@@ -143,6 +143,18 @@ def test_the_batch_is_scored_at_its_root_mean_square_error(
     assert -log_prob.sum().item() == pytest.approx(bound, rel=1e-12)
 
 
+@pytest.mark.parametrize("entries", [1, 2, 24])
+def test_a_batch_of_one_is_scored_at_its_own_error(entries: int) -> None:
+    mean, x = torch.randn(2, 1, entries, dtype=torch.float64).unbind()
+    p = Normal("batch").double()(mean, x)
+    sigma = np.sqrt(np.mean((x - mean).numpy() ** 2))
+    assert p.log_prob(x).item() == pytest.approx(
+        -entries * (math.log(sigma) + 0.5 * math.log(2 * math.pi * math.e))
+    )
+    perfect = Normal("batch").double()(x, x).log_prob(x)
+    assert perfect.item() == pytest.approx(-entries * math.log(1e-3 * math.sqrt(2 * math.pi)))
+
+
 def test_no_sigma_scores_the_batch_better() -> None:
     mean, x = residuals()
     fitted = Normal("batch").double()(mean, x)

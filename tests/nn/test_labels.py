@@ -92,6 +92,17 @@ def test_good_labels_pass(space: LabelSpace, y: Tensor) -> None:
     space.check(y[:0])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.bool])
+def test_labels_of_other_types_are_the_same_labels(dtype: torch.dtype) -> None:
+    for space, y in LABELS.values():
+        if dtype == torch.bool and space is CLASSES:
+            continue
+        space.check(y.to(dtype))
+        for kind in ("mlp", "table"):
+            embedding = LabelEmbedding(space, 12, kind)
+            assert torch.equal(embedding(y.to(dtype)), embedding(y))
+
+
 def test_the_space_of_a_data_set() -> None:
     assert LabelSpace.of(10, None) == LabelSpace("class", 10)
     assert LabelSpace.of(None, 7) == LabelSpace("attributes", 7)
