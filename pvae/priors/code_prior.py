@@ -1,6 +1,7 @@
 r"""Priors made of an autoencoder's codes (X-VAE 2026, arXiv:2607.01275v1)."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
@@ -20,6 +21,7 @@ __all__ = ["CodePrior", "Variant"]
 Variant = Literal["diag", "full", "gmm", "kde", "marginal", "paired"]
 
 _KERNELS = ("kde", "paired")
+_MEMORISES = 0.5
 _MIXTURES = ("gmm", *_KERNELS)
 
 
@@ -48,6 +50,7 @@ class CodePrior(nn.Module):
         covariance: Covariances of the components of ``"gmm"``.
         kl: What the analytic KL of ``"gmm"``, ``"kde"`` and ``"paired"`` is, see
             :class:`~pvae.distributions.CodeMixture`; ``"mc"`` is the exact evidence bound.
+        num_subset: Components drawn for each datum by the KL ``"subset"``.
         num_codes: Most codes that ``"kde"`` and ``"paired"`` stand on.
         bandwidth: Of ``"kde"`` and ``"paired"``: ``None`` for Scott's :math:`s_j n^{-1 / (d + 4)}`, a
             number for that multiple of :math:`s_j`, ``"loo"`` for the multiple with the best leave-one-out
@@ -88,6 +91,7 @@ class CodePrior(nn.Module):
         components: int = 10,
         covariance: Literal["diag", "full"] = "diag",
         kl: KLMode = "mc",
+        num_subset: int = 32,
         num_codes: int = 2000,
         bandwidth: float | Literal["loo"] | None = None,
         preserve_moments: bool = True,
@@ -95,10 +99,14 @@ class CodePrior(nn.Module):
         learn: bool = False,
     ) -> None:
         super().__init__()
-        if min(z_dim, components, num_codes) < 1:
-            raise ValueError(
-                f"z_dim, components and num_codes must be positive, got {z_dim}, {components} and {num_codes}"
-            )
+        for name, size in (
+            ("z_dim", z_dim),
+            ("components", components),
+            ("num_subset", num_subset),
+            ("num_codes", num_codes),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} must be positive, got {size}")
         if variant not in get_args(Variant):
             raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
         if covariance not in ("diag", "full"):
@@ -111,7 +119,7 @@ class CodePrior(nn.Module):
             raise ValueError(f"kl must be 'mc' unless variant is one of {', '.join(_MIXTURES)}, got {kl!r}")
         _check_bandwidth(bandwidth, variant, preserve_moments)
         self.z_dim, self.variant, self.components, self.covariance = z_dim, variant, components, covariance
-        self.kl, self.num_codes, self.bandwidth = kl, num_codes, bandwidth
+        self.kl, self.num_subset, self.num_codes, self.bandwidth = kl, num_subset, num_codes, bandwidth
         self.preserve_moments, self.robust, self.learn = preserve_moments, robust, learn
         self.register_buffer("loc", torch.full((z_dim,), math.nan))
         self.register_buffer("scale", torch.full((z_dim,), math.nan))
@@ -215,6 +223,9 @@ class CodePrior(nn.Module):
     def scaled(self, scale: float, mode: ScaleMode = "within") -> ScaledCodes:
         """Return a sampler for generation whose spread is ``scale`` times the prior's.
 
+        Warns where a scale below 0.5 within the components of ``"kde"`` or ``"paired"`` gives little else
+        than reconstructions of training items.
+
         Args:
             scale: Factor of the standard deviation: 1 is the prior, less trades diversity for fidelity, 0
                 gives a component's mean (of ``"kde"`` and ``"paired"``: a training item) or the prior's.
@@ -225,6 +236,12 @@ class CodePrior(nn.Module):
             ValueError: If ``scale`` is negative or not finite, or ``mode`` is unknown.
             RuntimeError: If the prior has not been fitted.
         """
+        if self.variant in _KERNELS and mode == "within" and scale < _MEMORISES:
+            warnings.warn(
+                f"at scale {scale:g} < {_MEMORISES} samples of a {self.variant!r} prior are near "
+                "reconstructions of training items",
+                stacklevel=2,
+            )
         with torch.no_grad():
             return ScaledCodes(self._sample_parts, self().mean, scale, mode)
 
@@ -278,9 +295,10 @@ class CodePrior(nn.Module):
 
     def _mixture(self) -> CodeMixture:
         logits, loc = self._value("logits"), self._value("loc")
+        how: dict[str, Any] = {"kl_mode": self.kl, "num_subset": self.num_subset}
         if self.covariance == "full":
-            return CodeMixture(logits, loc, scale_tril=self._value("scale_tril"), kl_mode=self.kl)
-        return CodeMixture(logits, loc, self._value("scale").expand(loc.shape), kl_mode=self.kl)
+            return CodeMixture(logits, loc, scale_tril=self._value("scale_tril"), **how)
+        return CodeMixture(logits, loc, self._value("scale").expand(loc.shape), **how)
 
     def _sample_parts(self, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw component means and deviations from them, each ``(*sample_shape, z_dim)``."""

@@ -413,6 +413,7 @@ def test_learned_parameters_get_gradients_and_scales_stay_positive(name: str) ->
     assert torch.equal(prior.scale, fixed.scale)
 
 
+@pytest.mark.filterwarnings("ignore:at scale:UserWarning")
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("mode", ["within", "global"])
 def test_scale_zero_is_a_centre_and_one_the_prior(name: str, mode: Any) -> None:
@@ -430,6 +431,7 @@ def test_scale_zero_is_a_centre_and_one_the_prior(name: str, mode: Any) -> None:
     torch.testing.assert_close(z.var(0), prior().variance, rtol=0.1, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:at scale:UserWarning")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_spread_is_proportional_to_the_scale(name: str) -> None:
     prior, draws = fitted(name), {}
@@ -447,6 +449,22 @@ def test_spread_is_proportional_to_the_scale(name: str) -> None:
         ratio = draws[f, "global"].std(0) / prior().variance.sqrt()
         torch.testing.assert_close(ratio, torch.full((3,), f), rtol=0.05, atol=0)
     torch.testing.assert_close(draws[1.0, "within"], draws[1.0, "global"], rtol=1e-12, atol=1e-12)
+
+
+def test_memorised_items_are_warned_of() -> None:
+    for name in ("kde", "paired"):
+        prior = fitted(name)
+        with pytest.warns(UserWarning, match=f"samples of a '{name}' prior are near reconstructions"):
+            prior.scaled(0.25)
+        prior.scaled(0.25, "global")
+        prior.scaled(0.5)
+    fitted("gmm").scaled(0.0)
+
+
+def test_the_subset_is_as_large_as_asked() -> None:
+    mixture = fitted("gmm", num_subset=5)()
+    assert isinstance(mixture, CodeMixture)
+    assert mixture.num_subset == mixture.expand(torch.Size([2])).num_subset == 5
 
 
 def test_bad_scales_are_refused() -> None:
@@ -538,8 +556,8 @@ def test_mixtures_carry_their_kl() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"z_dim": 0}, "z_dim, components and num_codes must be positive, got 0"),
-        ({"components": 0}, "must be positive, got 2, 0 and"),
+        ({"z_dim": 0}, "z_dim must be positive, got 0"),
+        ({"components": 0}, "components must be positive, got 0"),
         ({"variant": "flow"}, "variant must be one of diag, full, .*, got 'flow'"),
         ({"variant": "gmm", "covariance": "tied"}, "covariance must be 'diag' or 'full', got 'tied'"),
         ({"covariance": "full"}, "covariance='full' is for variant 'gmm' alone, got 'diag'"),
