@@ -179,10 +179,10 @@ class CVAENF(Study):
         if any("reference" in record.factors for record in records):
             parts.append(
                 "Real data: training data against test data of the same number, and the classifier's word on "
-                "real test data, which no sample can be expected to exceed.\n\n"
+                "real test data: samples above it are easier for the classifier than data, not better.\n\n"
                 + table(records, ("reference",), _PICTURES)
             )
-        for factor, baseline in (("prior", "normal"), ("encoder", "x")):
+        for factor, baseline in (("prior", "normal"), ("prior", "gaussian"), ("encoder", "x")):
             found = differences(records, factor, baseline, _EFFECTS, within=("sigma",))
             if found:
                 rows = [
