@@ -224,12 +224,16 @@ def code_prior(
     robust: bool = False,
     learn: bool = False,
 ) -> CodePrior:
-    """Build a prior of codes, to be fitted after the first stage, with no more codes than there are data."""
+    """Build a prior of codes, to be fitted after the first stage, with no more codes than there are data.
+
+    Variants other than ``"gmm"`` have no components with a ``covariance`` and pass it over, so that one word
+    exchanges the variant of a recipe.
+    """
     return CodePrior(
         z_dim,
         variant,
         components=components,
-        covariance=covariance,
+        covariance=covariance if variant == "gmm" else "diag",
         kl=kl,
         num_subset=num_subset,
         num_codes=min(num_codes, len(data.train)),
