@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pvae.data import Data
-from pvae.guides import FlowGuide, FullCovarianceGuide, NormalGuide
+from pvae.guides import FiveGuide, FlowGuide, FullCovarianceGuide, LaplaceGuide, NormalGuide
 from pvae.likelihoods import (
     Bernoulli,
     Categorical,
@@ -50,6 +50,7 @@ __all__ = [
     "conditional_spline",
     "conv_decoder",
     "conv_encoder",
+    "laplace",
     "mixture",
     "mlp_decoder",
     "mlp_encoder",
@@ -208,6 +209,13 @@ def conditional_spline(
     labels = LabelEmbedding(_needed(label_space), label_dim, label_embedding)
     flow = ZukoFlow(z_dim, label_dim if context else 0, "NSF", transforms, hidden)
     return ConditionalFlowPrior(z_dim, labels, flow, flow_context=context)
+
+
+def laplace(
+    encoder: Encoder, decoder: MLPDecoder | ConvDecoder | WhitenedDecoder, likelihood: Likelihood
+) -> LaplaceGuide:
+    """Build a Laplace guide for a prior of unit scale."""
+    return LaplaceGuide(encoder, decoder, likelihood)
 
 
 def code_prior(
@@ -389,6 +397,22 @@ register(
     FlowGuide,
     about="diagonal Gaussian through conditional affine couplings",
     symbols="q(z | x) = N(z₀; μ(x), diag σ²(x)) |det ∂z/∂z₀|⁻¹,  z = {num_flows} couplings of z₀ given x",
+)
+
+register(
+    "posterior",
+    "five",
+    FiveGuide,
+    about="full covariance implied by the encoder's Jacobian (FIVE)",
+    symbols="q(z | x) = N(z; f(x), σ² f′(x) f′(x)ᵀ),  f the encoder's location, σ the likelihood's\n"
+    "trained by a surrogate of log q with probes u: the loss is no bound in value; scored exactly",
+)
+register(
+    "posterior",
+    "laplace",
+    laplace,
+    about="full covariance implied by the decoder's Jacobian (Laplace)",
+    symbols="q(z | x) = N(z; f(x), Σ),  Σ⁻¹ = I + g′(f(x))ᵀ g′(f(x)) / σ²,  g the decoder's mean",
 )
 
 _ENCODER, _DECODER = "μ, σ: {x} → {z}", "θ: {z} → parameters of p(x | z)"

@@ -3,9 +3,20 @@
 if __name__ != "pvae.guides":
     raise ImportError(f"import this package as pvae.guides, not as {__name__}")
 
+from .five import FiveGuide
 from .flow import FlowGuide
 from .full_covariance import FullCovarianceGuide
+from .laplace import LaplaceGuide
 from .normal import NormalGuide
 from .point import PointGuide
+from .tied import TiedGuide
 
-__all__ = ["FlowGuide", "FullCovarianceGuide", "NormalGuide", "PointGuide"]
+__all__ = [
+    "FiveGuide",
+    "FlowGuide",
+    "FullCovarianceGuide",
+    "LaplaceGuide",
+    "NormalGuide",
+    "PointGuide",
+    "TiedGuide",
+]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pvae.distributions import AnalyticEntropyNormal
 from pvae.nn import Encoder
 
-__all__ = ["NormalGuide"]
+__all__ = ["NormalGuide", "takes_labels"]
 
 
 class NormalGuide(nn.Module):
@@ -40,14 +40,15 @@ class NormalGuide(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Draw ``z`` for ``x``, shape ``(*particles, B, z_dim)``."""
         with pyro.plate("data", len(x), dim=-1):
-            sees_y = y is not None and _takes_labels(self.encoder)
+            sees_y = y is not None and takes_labels(self.encoder)
             loc, scale = self.encoder(x, y) if sees_y else self.encoder(x)
             if self.entropy == "analytic":
                 return pyro.sample("z", AnalyticEntropyNormal(loc, scale))
             return pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
-def _takes_labels(encoder: Any) -> bool:
+def takes_labels(encoder: Any) -> bool:
+    """Whether an encoder has a place for labels: one of ours, or one with an argument ``y``."""
     if isinstance(encoder, Encoder):
         return True
     return "y" in inspect.signature(getattr(encoder, "forward", encoder)).parameters

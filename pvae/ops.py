@@ -1,13 +1,34 @@
 """Tensor maths shared by every room; torch only, no host synchronisation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["has_float64", "log_mean_exp", "sample_categorical", "soft_clamp"]
+__all__ = [
+    "gram_tril",
+    "has_float64",
+    "inverse_tril",
+    "jacobian_columns",
+    "jacobian_rows",
+    "log_mean_exp",
+    "pull_back",
+    "push_forward",
+    "sample_categorical",
+    "soft_clamp",
+]
+
+# Their annotations allow for a third result, and not for an output without a batch.
+_jvp: Any = torch.func.jvp
+_vjp: Any = torch.func.vjp
+_vmap: Any = torch.vmap
+
+# Rows of the batch, one for each datum and direction, in one pass of a network: bounds the memory of a
+# Jacobian.
+_PASS_ROWS = 2048
 
 
 def log_mean_exp(x: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) -> Tensor:
@@ -74,3 +95,120 @@ def sample_categorical(logits: Tensor, sample_shape: Sequence[int] = (), dim: in
 def has_float64(device: torch.device) -> bool:
     """Whether tensors of double precision exist on ``device`` (Apple's GPUs have none)."""
     return device.type != "mps"
+
+
+def push_forward(f: Callable[[Tensor], Tensor], x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Value of ``f`` and its derivative along several directions :math:`f'(x) v`, by forward mode.
+
+    One pass for the value serves all directions. Gradients reach what ``f`` closes over, through both
+    results.
+
+    Args:
+        f: Treats the leading dimensions of ``x`` one by one, as networks do.
+        x: Shape ``(*batch, *x_shape)``.
+        tangents: Directions, shape ``(n, *batch, *x_shape)`` with ``n`` at least 1, in the type of ``x``.
+
+    Returns:
+        ``f(x)``, shape ``(*batch, *y_shape)``, and the derivatives, shape ``(n, *batch, *y_shape)``.
+    """
+    x = x.contiguous()  # a dual number cannot be made of an expanded tensor
+    if len(tangents) == 1:
+        value, image = _jvp(f, (x,), (tangents[0],))
+        return value, image.unsqueeze(0)
+
+    def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        return _jvp(f, (x,), (tangent,))
+
+    value, images = _vmap(along, out_dims=(None, 0))(tangents)
+    return value, images
+
+
+def pull_back(f: Callable[[Tensor], Tensor], x: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Value of ``f`` and its transposed derivative :math:`f'(x)^\top w` on several ``w``, by reverse mode.
+
+    Args:
+        f: As in :func:`push_forward`.
+        x: Shape ``(*batch, *x_shape)``.
+        cotangents: Shape ``(n, *batch, *y_shape)`` with ``n`` at least 1, in the type of ``f(x)``.
+
+    Returns:
+        ``f(x)``, shape ``(*batch, *y_shape)``, and the products, shape ``(n, *batch, *x_shape)``.
+    """
+    value, transposed = _vjp(f, x)
+    if len(cotangents) == 1:
+        return value, transposed(cotangents[0])[0].unsqueeze(0)
+    return value, _vmap(transposed)(cotangents)[0]
+
+
+def jacobian_rows(f: Callable[[Tensor], Tensor], x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Value and full Jacobian of a map to vectors, row by row in reverse mode.
+
+    Rows are taken in chunks of at most 2048 data times directions, so that a Jacobian of 256 rows fits.
+
+    Args:
+        f: Maps ``(*batch, *x_shape)`` to ``(*batch, size)`` and treats leading dimensions one by one.
+        x: Shape ``(*batch, *x_shape)``.
+        size: Size of the vectors.
+
+    Returns:
+        ``f(x)`` and the Jacobian, shape ``(*batch, size, *x_shape)``.
+    """
+    value, transposed = _vjp(f, x)
+    rows = _vmap(transposed)
+    parts = [rows(part)[0] for part in _basis(value, size)]
+    return value, torch.cat(parts).movedim(0, value.ndim - 1)
+
+
+def jacobian_columns(g: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and full Jacobian of a map of vectors, column by column in forward mode, in chunks of rows.
+
+    Args:
+        g: Maps ``(*batch, size)`` to ``(*batch, *y_shape)`` and treats leading dimensions one by one.
+        z: Shape ``(*batch, size)``.
+
+    Returns:
+        ``g(z)`` and the Jacobian, shape ``(*batch, *y_shape, size)``.
+    """
+    parts = [push_forward(g, z, part) for part in _basis(z, z.shape[-1])]
+    return parts[0][0], torch.cat([columns for _, columns in parts]).movedim(0, -1)
+
+
+def _basis(like: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Unit vectors for every row of ``like`` ``(*batch, size)``, shapes ``(n, *batch, size)``, in chunks."""
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    eye = eye.reshape(size, *(1,) * (like.ndim - 1), size).expand(size, *like.shape)
+    return eye.split(max(1, _PASS_ROWS // max(1, like[..., 0].numel())))
+
+
+def gram_tril(a: Tensor) -> Tensor:
+    r"""Cholesky factor of :math:`A A^\top` without forming the product, whose condition number is squared.
+
+    Args:
+        a: Wide matrices of full row rank, shape ``(*batch, d, n)`` with ``n`` at least ``d``.
+
+    Returns:
+        Lower triangular :math:`L` with a positive diagonal and :math:`L L^\top = A A^\top`, shape
+        ``(*batch, d, d)``; differentiable.
+    """
+    upper = torch.linalg.qr(a.mT, mode="reduced").R
+    # Q R = (Q D) (D R) for a diagonal D of signs.
+    diagonal = upper.detach().diagonal(dim1=-2, dim2=-1)
+    sign = torch.where(diagonal < 0, -torch.ones_like(diagonal), torch.ones_like(diagonal))
+    return upper.mT * sign.unsqueeze(-2)
+
+
+def inverse_tril(precision: Tensor) -> Tensor:
+    r"""Cholesky factor of an inverse.
+
+    Args:
+        precision: Positive definite :math:`H`, shape ``(*batch, d, d)``.
+
+    Returns:
+        Lower triangular :math:`L` with :math:`L L^\top = H^{-1}`; differentiable. NaN, never an error, where
+        :math:`H` is not positive definite: to find that out would wait for a GPU.
+    """
+    # H turned by half a turn is M M^T, so that M turned, an upper triangle U, gives H = U U^T.
+    lower, info = torch.linalg.cholesky_ex(precision.flip(-2, -1))
+    upper = lower.flip(-2, -1).masked_fill((info > 0)[..., None, None], math.nan)
+    eye = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    return torch.linalg.solve_triangular(upper, eye, upper=True).mT

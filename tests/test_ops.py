@@ -7,7 +7,18 @@ import pytest
 import torch
 from scipy import special, stats
 
-from pvae.ops import has_float64, log_mean_exp, sample_categorical, soft_clamp
+from pvae.ops import (
+    gram_tril,
+    has_float64,
+    inverse_tril,
+    jacobian_columns,
+    jacobian_rows,
+    log_mean_exp,
+    pull_back,
+    push_forward,
+    sample_categorical,
+    soft_clamp,
+)
 from tests.distributions.tracing import assert_traceable, host_syncs
 
 
@@ -104,3 +115,97 @@ def test_double_precision_by_device() -> None:
     assert has_float64(torch.device("cpu"))
     assert has_float64(torch.device("cuda"))
     assert not has_float64(torch.device("mps"))
+
+
+class TestJacobians:
+    """Products and full Jacobians against autograd's, which go by another road."""
+
+    def f(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``(*batch, 2, 3)`` to ``(*batch, 4)``, datum by datum."""
+        weight = torch.linspace(-1, 1, 24, dtype=x.dtype).reshape(6, 4)
+        return (x.flatten(-2) @ weight).sin() + x.square().sum((-2, -1)).unsqueeze(-1)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.autograd.functional.jacobian(self.f, row) for row in x])
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_push_forward(self, n: int) -> None:
+        x, v = torch.randn(5, 2, 3).double(), torch.randn(n, 5, 2, 3).double()
+        value, images = push_forward(self.f, x, v)
+        torch.testing.assert_close(value, self.f(x))
+        wanted = torch.einsum("bkij,nbij->nbk", self.rows(x), v)
+        torch.testing.assert_close(images, wanted, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_pull_back(self, n: int) -> None:
+        x, w = torch.randn(5, 2, 3).double(), torch.randn(n, 5, 4).double()
+        value, products = pull_back(self.f, x, w)
+        torch.testing.assert_close(value, self.f(x))
+        wanted = torch.einsum("bkij,nbk->nbij", self.rows(x), w)
+        torch.testing.assert_close(products, wanted, rtol=1e-10, atol=1e-12)
+
+    def test_full_jacobians_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x = torch.randn(5, 2, 3).double()
+        for most in (2048, 10, 1):
+            monkeypatch.setattr("pvae.ops._PASS_ROWS", most)
+            value, rows = jacobian_rows(self.f, x, 4)
+            torch.testing.assert_close(value, self.f(x))
+            torch.testing.assert_close(rows, self.rows(x), rtol=1e-10, atol=1e-12)
+            value, columns = jacobian_columns(lambda z: self.f(z.unflatten(-1, (2, 3))), x.flatten(1))
+            torch.testing.assert_close(value, self.f(x))
+            torch.testing.assert_close(columns, self.rows(x).flatten(2), rtol=1e-10, atol=1e-12)
+
+    def test_gradients_reach_what_the_function_closes_over(self) -> None:
+        a = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+        x = torch.randn(4, 2).double()
+        # d/dx tanh(a x) = a (1 - tanh^2(a x)), and its derivative with respect to a.
+        t = torch.tanh(a.detach() * x)
+        wanted = ((1 - t.square()) * (1 - 2 * a.detach() * x * t)).sum(0)
+        for diagonal in (
+            push_forward(lambda x: torch.tanh(a * x), x, torch.ones(1, 4, 2).double())[1][0],
+            jacobian_rows(lambda x: torch.tanh(a * x), x, 2)[1].diagonal(dim1=-2, dim2=-1),
+            jacobian_columns(lambda x: torch.tanh(a * x), x)[1].diagonal(dim1=-2, dim2=-1),
+        ):
+            (gradient,) = torch.autograd.grad(diagonal.sum(), a)
+            torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+
+    def test_probes_of_a_map_encoder_give_the_gradient_of_the_hessians_log_determinant(self) -> None:
+        # tr(J dG) = d 1/2 log det(I + G^T G / s^2) for J = (I + G^T G / s^2)^-1 G^T / s^2.
+        g = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+        precision = torch.eye(3).double() + g.T @ g / 0.09
+        (wanted,) = torch.autograd.grad(0.5 * torch.logdet(precision), g, retain_graph=True)
+        j = torch.linalg.solve(precision, g.T).detach() / 0.09
+        u = torch.eye(3).double().unsqueeze(1)
+        _, images = push_forward(lambda z: z @ g.T, torch.zeros(1, 3).double(), u)
+        _, held = pull_back(lambda x: x @ j.T, torch.zeros(1, 6).double(), u)
+        (ours,) = torch.autograd.grad((held * images).sum(), g)
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
+
+
+class TestTriangles:
+    def test_gram_tril(self) -> None:
+        a = torch.randn(5, 3, 7, dtype=torch.float64)
+        factor = gram_tril(a)
+        torch.testing.assert_close(factor, torch.linalg.cholesky(a @ a.mT), rtol=1e-9, atol=1e-12)
+        a.requires_grad_()
+        assert torch.autograd.gradcheck(gram_tril, a)
+
+    def test_gram_tril_keeps_digits_that_the_product_loses(self) -> None:
+        a = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1e-5]])
+        assert gram_tril(a)[1, 1].item() == pytest.approx(1e-5, rel=0.05)
+
+    def test_inverse_tril(self) -> None:
+        a = torch.randn(5, 3, 7, dtype=torch.float64)
+        h = a @ a.mT
+        wanted = torch.linalg.cholesky(torch.linalg.inv(h))
+        torch.testing.assert_close(inverse_tril(h), wanted, rtol=1e-8, atol=1e-10)
+        assert torch.autograd.gradcheck(lambda t: inverse_tril(t + t.mT), (h / 2).requires_grad_())
+
+    def test_what_is_not_positive_definite_has_no_inverse_factor(self) -> None:
+        h = torch.stack([torch.eye(2), -torch.eye(2)])
+        factor = inverse_tril(h)
+        assert torch.equal(factor[0], torch.eye(2))
+        assert factor[1].tril().isnan().any()
+
+    def test_no_host_synchronisation(self) -> None:
+        assert host_syncs(lambda: (gram_tril(torch.eye(3)), inverse_tril(torch.eye(3)))) == []

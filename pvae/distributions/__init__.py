@@ -6,7 +6,10 @@ from .code_mixture import CodeMixture, KLMode
 from .continuous_bernoulli import ContinuousBernoulli
 from .discretized_logistic_mixture import DiscretizedLogisticMixture, LevelGrid
 from .flow_normal import FlowNormal
+from .free_form_normal import FreeFormNormal
 from .independent_bernoulli import IndependentBernoulli
+from .jacobian_normal import Directions, JacobianNormal, LogDet, Probe, check_options
+from .laplace_normal import laplace_normal
 from .level_categorical import LevelCategorical
 from .negative_binomial import NegativeBinomial
 from .normal_mixture import NormalMixture
@@ -17,13 +20,20 @@ __all__ = [
     "AnalyticEntropyNormal",
     "CodeMixture",
     "ContinuousBernoulli",
+    "Directions",
     "DiscretizedLogisticMixture",
     "FlowNormal",
+    "FreeFormNormal",
     "IndependentBernoulli",
+    "JacobianNormal",
     "KLMode",
     "LevelCategorical",
     "LevelGrid",
+    "LogDet",
     "NegativeBinomial",
     "NormalMixture",
     "PointMass",
+    "Probe",
+    "check_options",
+    "laplace_normal",
 ]

@@ -7,6 +7,7 @@ from .estimate import LikelihoodEstimate
 from .features import FeatureExtractor, LabelClassifier, fit_classifier
 from .frechet import frechet_distance, frechet_interval, mean_pairwise_distance, nearest_distance
 from .interval import Interval, bootstrap_intervals
+from .jacobian import JacobianReport, jacobian_report
 from .likelihood import log_likelihood
 from .pareto import khat_threshold, pareto_khat
 from .similarity import linear_cka, linear_r2, pearson
@@ -28,6 +29,7 @@ __all__ = [
     "Combination",
     "FeatureExtractor",
     "Interval",
+    "JacobianReport",
     "LabelClassifier",
     "LabelScores",
     "LikelihoodEstimate",
@@ -42,6 +44,7 @@ __all__ = [
     "frechet_distance",
     "frechet_interval",
     "gaussian_w2",
+    "jacobian_report",
     "khat_threshold",
     "label_scores",
     "linear_cka",

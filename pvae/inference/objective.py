@@ -27,6 +27,10 @@ __all__ = ["ELBO", "Kind", "Terms"]
 Kind = Literal["elbo", "mean_field", "iwae", "dreg"]
 _KINDS = ("elbo", "mean_field", "iwae", "dreg")
 
+# Most latents of a site whose density is a surrogate in training and, inside a logarithm, must be exact: the
+# exact one costs a pass of the encoder for each.
+_MOST_EXACT = 64
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -36,7 +40,9 @@ class Terms:
         loss: What is minimised: minus the bound with the training-only settings in it, mean over the
             batch, a scalar.
         parts: Means over batch and particles: ``reconstruction`` (minus log-likelihood), ``kl`` (all
-            latent sites), ``kl/<site>``, and ``factor/<site>`` where the model has factors.
+            latent sites), ``kl/<site>``, ``factor/<site>`` where the model has factors, and
+            ``surrogate/<site>`` where a guide's log q is a surrogate: how good it is, one at best. ``kl``
+            and ``loss`` are then no bounds.
         log_x: log p(x | z), shape ``(*particles, B)``.
         ratios: log q - log p of each latent site, or its closed form, of the same shape.
         weighted: Whether particles are combined inside the logarithm.
@@ -111,7 +117,8 @@ class ELBO(pyro.infer.ELBO):
         Raises:
             ValueError: If a latent of the guide has no reparameterised sample, model and guide have other
                 latents, a site lies outside the plate over the data, or an importance-weighted objective
-                meets a guide that gives the mean of log q in its place.
+                meets a guide that gives the mean of log q in its place, has no density in training, or
+                has an exact one of too many latents; "dreg" one that shares parameters with the model.
         """
         shape = self._log_prob_shape(len(args[0]))
         # The recorder stands outside the plate, which would otherwise not broadcast a replayed site.
@@ -123,6 +130,8 @@ class ELBO(pyro.infer.ELBO):
         _check_programs(p.sites, q.sites, shape)
         if self.kind in ("iwae", "dreg"):
             _check_densities(self.kind, q.sites)
+            if self.kind == "dreg":
+                _check_own_parameters(guide)
         guide_sites = self._held(guide, values, args, kwargs) if self.kind == "dreg" else q.sites
         log_x, factors, ratios = self._log_terms(p.sites, guide_sites)
         reconstruction = -log_x.mean()
@@ -141,6 +150,8 @@ class ELBO(pyro.infer.ELBO):
         parts = {"reconstruction": reconstruction, "kl": _sum(kl.values())}
         parts |= {f"kl/{name}": value for name, value in kl.items()}
         parts |= {f"factor/{name}": value for name, value in factor.items()}
+        health = {name: _declared(site.fn, "health", None) for name, site in q.sites.items()}
+        parts |= {f"surrogate/{name}": value.mean() for name, value in health.items() if value is not None}
         return Terms(loss, parts, log_x, list(ratios.values()), self.kind in ("iwae", "dreg"))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,6 +214,8 @@ class ELBO(pyro.infer.ELBO):
                 return q.scaled(kl_divergence(q.fn, p.fn))
             except NotImplementedError:
                 pass
+        if self.kind in ("iwae", "dreg") and _declared(q.fn, "training_density", "exact") != "exact":
+            return q.scaled_log_prob() - p.scaled_log_prob()
         return _log_q(q) - p.scaled_log_prob()
 
 
@@ -238,10 +251,15 @@ def _log_q(site: Site) -> Tensor:
 
 
 def _has_analytic_entropy(fn: Any) -> bool:
+    return bool(_declared(fn, "analytic_entropy", False))
+
+
+def _declared(fn: Any, name: str, otherwise: Any) -> Any:
+    """What a distribution says of itself."""
     # These two hand on the terms of what they wrap, but not its attributes.
     while isinstance(fn, MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
-    return bool(getattr(fn, "analytic_entropy", False))
+    return getattr(fn, name, otherwise)
 
 
 def _check_densities(kind: str, q: dict[str, Site]) -> None:
@@ -252,6 +270,26 @@ def _check_densities(kind: str, q: dict[str, Site]) -> None:
                 f"objective {kind!r} needs log q(z) at the draw, but guide site {name!r} has an analytic "
                 "entropy: build the guide with entropy='sampled'"
             )
+        density = _declared(site.fn, "training_density", "exact")
+        if density not in ("exact", "surrogate"):
+            raise ValueError(
+                f"objective {kind!r} needs a density of guide site {name!r}, which in training has none "
+                f"but a loss of its own ({density}): use objective 'elbo'"
+            )
+        if density == "surrogate" and site.fn.event_shape.numel() > _MOST_EXACT:
+            raise ValueError(
+                f"objective {kind!r} needs the exact log q(z) of guide site {name!r}, a pass of the encoder "
+                f"for each latent: there must be at most {_MOST_EXACT}, got {site.fn.event_shape.numel()}"
+            )
+
+
+def _check_own_parameters(guide: Program) -> None:
+    """Refuse a guide whose density depends on the model's parameters: DReG holds those of q constant."""
+    if getattr(getattr(guide, "program", guide), "shares_parameters", False):
+        raise ValueError(
+            "objective 'dreg' needs a guide with parameters of its own alone, but the density of "
+            f"{type(getattr(guide, 'program', guide)).__name__} depends on the model's: use objective 'iwae'"
+        )
 
 
 def _check_programs(p: dict[str, Site], q: dict[str, Site], shape: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from .conv_decoder import ConvDecoder
 from .conv_encoder import ConvEncoder
 from .coupling import CouplingNet
+from .derivatives import check_forward_mode
 from .encoder import LOG_VAR_RANGE, Encoder
 from .gated import GatedLinear
 from .labels import LabelEmbedding, LabelSpace
@@ -26,5 +27,6 @@ __all__ = [
     "MLPEncoder",
     "WhitenedDecoder",
     "WhitenedEncoder",
+    "check_forward_mode",
     "standardise_",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pvae.ops import soft_clamp
 
@@ -79,6 +80,19 @@ class Encoder(nn.Module, ABC):
         """
         loc, log_var = self.head(h).chunk(2, dim=-1)
         return loc, torch.exp(0.5 * soft_clamp(log_var, *LOG_VAR_RANGE))
+
+    def location(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return ``loc`` of :meth:`forward` alone, shape ``(*batch, z_dim)``, without the work for the scale.
+
+        Args:
+            x: Data, shape ``(*batch, *x_shape)``.
+            y: Labels; an encoder of x alone passes them over.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+        """
+        head = self.head
+        return F.linear(self.features(x, y), head.weight[: self.z_dim], head.bias[: self.z_dim])
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map ``x`` ``(*batch, *x_shape)`` to ``loc`` and ``scale``, each ``(*batch, z_dim)``.

@@ -59,6 +59,10 @@ class WhitenedEncoder(Encoder):
         loc, scale = self.encoder.heads(h)
         return self.loc + self.scale * loc, self.scale * scale
 
+    def location(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the location in the units of z, shape ``(*batch, z_dim)``."""
+        return self.loc + self.scale * self.encoder.location(x, y)
+
 
 class WhitenedDecoder(nn.Module):
     r"""A decoder that reads :math:`(z - m) / s`.

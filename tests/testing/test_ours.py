@@ -13,6 +13,7 @@ from pvae.distributions import (
     DiscretizedLogisticMixture,
     FlowNormal,
     IndependentBernoulli,
+    JacobianNormal,
     LevelCategorical,
     NegativeBinomial,
     NormalMixture,
@@ -138,6 +139,19 @@ def test_flow_normal(z_dim: int, batch: int) -> None:
     parameters = {"loc": loc, "scale": scale, "context": context}
     report = check_distribution(made, parameters, skip=["float32"])
     assert {"parameter gradients", "pathwise gradient"} <= set(report.applied)
+
+
+@pytest.mark.parametrize(("z_dim", "batch"), [(1, 3), (2, 2), (3, 1)])
+def test_jacobian_normal(z_dim: int, batch: int) -> None:
+    def made(x: Tensor, weight: Tensor, noise: Tensor) -> JacobianNormal:
+        return JacobianNormal(
+            lambda x: (x @ weight).tanh() + x[..., :z_dim], lambda z: z @ weight.T, x, noise, z_dim
+        )
+
+    parameters = {"x": random(batch, 4), "weight": random(4, z_dim, seed=1), "noise": torch.tensor(0.4)}
+    report = check_distribution(made, parameters)
+    wanted = {"parameter gradients", "float32", "integrates to 1", "sampler follows density", "moments"}
+    assert wanted <= set(report.applied)
 
 
 class Linear(torch.nn.Module):
