@@ -10,9 +10,21 @@ import torch
 
 import pvae
 from pvae.data import from_tensors
-from pvae.experiments import SpecError, bench
-from pvae.experiments._hand_loops import HandLoop
-from pvae.experiments.bench import CASES, Case, SyncCounter, count_syncs, format_table, interleave, run_bench
+from pvae.experiments import SpecError
+from pvae.experiments.bench import (
+    CASES,
+    Case,
+    SyncCounter,
+    count_syncs,
+    evaluation,
+    flow_prior,
+    format_table,
+    interleave,
+    posteriors,
+    run_bench,
+)
+from pvae.experiments.bench.hand_loops import HandLoop
+from pvae.experiments.bench.timing import row as make_row
 from pvae.inference import ELBO
 
 TINY = Case((1, 4, 4), z_dim=2, hidden=(8,), steps=2, eager_target=2.0)
@@ -23,9 +35,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small networks and few draws in place of the real ones."""
     for name in CASES:
         monkeypatch.setitem(CASES, name, TINY)
-    monkeypatch.setattr(bench, "_NUM_IMAGES", 5)
-    monkeypatch.setattr(bench, "_FLOW_STEPS", 2)
-    monkeypatch.setattr(bench, "_NUM_PARTICLES", 30)
+    monkeypatch.setattr(evaluation, "_NUM_IMAGES", 5)
+    monkeypatch.setattr(evaluation, "_NUM_PARTICLES", 30)
+    monkeypatch.setattr(flow_prior, "_STEPS", 2)
+    for name, networks in (("five", posteriors._mlp), ("five-conv", posteriors._conv)):
+        monkeypatch.setitem(posteriors.NETWORKS, name, posteriors.Case(networks, (2,), steps=1))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,7 +104,7 @@ def test_interleaving_reverses_every_second_round() -> None:
 
 def test_ratio_is_the_median_of_the_rounds() -> None:
     seconds = {"ours": [2.0, 9.0, 4.0], "loop": [1.0, 1.0, 4.0]}
-    row = bench._row("small", "ours", "loop", seconds, units=2, target=2.0, syncs=0)
+    row = make_row("small", "ours", "loop", seconds, units=2, target=2.0, syncs=0)
     assert (row["ratio"], row["ours_ms"], row["yardstick_ms"]) == (2.0, 2000.0, 500.0)
     assert "2.00 met" in format_table([row])
     assert "1.99 missed" in format_table([row | {"target": 1.99}])
@@ -105,6 +119,7 @@ def test_smoke(tiny: None, tmp_path: Path) -> None:
         ("evaluation", "decoder", 2),
         ("evaluation", "decoder + density", 2),
         ("cvae-nf", "N(0, I)", 2),
+        *((name, "diagonal, 2 latents", 2) for name in ("five", "five-conv") for _ in range(5)),
     ]
     assert all(row["ratio"] > 0 for row in rows)  # type: ignore[operator]
     written = json.loads(out.read_text())
@@ -118,7 +133,7 @@ def test_decoder_passes_are_those_of_the_evaluation(tiny: None) -> None:
     """The yardstick sees every particle of every image once, in more than one chunk or block."""
     program = TINY.program()
     x = torch.zeros(70, *TINY.x_shape)
-    shapes = bench._decoder_inputs(
+    shapes = evaluation._decoder_inputs(
         program.model.decoder,  # type: ignore[arg-type]
         lambda: pvae.log_likelihood(*program, x, num_particles=200, progress=False),
     )
@@ -144,7 +159,7 @@ def test_graph_engine_is_measured(tiny: None) -> None:
     [
         (
             {"names": ("large",)},
-            "benchmark must be one of small, medium, conv, evaluation, cvae-nf, got 'large'",
+            "benchmark must be one of small, medium, conv, evaluation, cvae-nf, five, five-conv, got 'large'",
         ),
         ({"engines": ("jit",)}, "engine must be one of eager, graph, got 'jit'"),
         ({"rounds": 0}, "must be positive, got 0"),

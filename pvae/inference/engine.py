@@ -14,6 +14,8 @@ __all__ = ["EagerEngine", "Engine", "EngineName", "GraphEngine", "make_engine"]
 
 EngineName = Literal["eager", "graph"]
 
+_QUESTIONS = (torch.ops.aten.is_same_size.default, torch.ops.aten._has_same_storage_numel.default)
+
 
 class Engine(Protocol):
     """Leaves gradients in the parameters and returns the loss and its parts as one vector on the device."""
@@ -90,6 +92,7 @@ class GraphEngine:
         # does to buffers (running statistics) be in it. The graph does the same to those it is given.
         with isolated_rng(beta.device):
             graph = make_fx(traced)(trained, [t.detach().clone() for t in held], args, beta)
+        _drop_questions(graph)
         self.names = self._pair.names
         if not self._compile:
             return graph
@@ -120,6 +123,15 @@ class _Pair(nn.Module):
     def forward(self, args: tuple[Tensor, ...], beta: Tensor) -> Tensor:
         self.names, vector = _vector(self.objective, self.model, self.guide, args, beta)
         return vector
+
+
+def _drop_questions(graph: Any) -> None:
+    """Take out what autograd asked about shapes while it was recorded: its answers are no tensors, which a
+    compiler refuses, and nobody reads them. Forward-mode derivatives leave many."""
+    for node in list(graph.graph.nodes):
+        if node.target in _QUESTIONS and not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def make_engine(name: str, objective: ELBO, model: nn.Module, guide: nn.Module, compile: bool) -> Engine:

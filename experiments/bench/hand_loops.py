@@ -1,4 +1,4 @@
-"""Variational autoencoders as one writes them without this library: the yardsticks of :mod:`.bench`.
+"""Variational autoencoders as one writes them without this library: the yardsticks of :mod:`.steps`.
 
 Nothing here is shared with ``pvae.nn``, ``pvae.likelihoods`` or ``pvae.inference``; a test copies the weights
 across and compares loss and gradients, so that both sides of a ratio do the same work.
