@@ -53,7 +53,7 @@ def _conv(z_dim: int) -> tuple[Encoder, nn.Module]:
 #: Benchmarks by name.
 NETWORKS: dict[str, Case] = {
     "five": Case(_mlp, (8, 32, 128), steps=10),
-    "five-conv": Case(_conv, (8, 32, 128), steps=2),
+    "five-conv": Case(_conv, (32,), steps=2),
 }
 
 # Largest ratio to the diagonal step that the design asks for.

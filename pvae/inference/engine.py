@@ -78,7 +78,7 @@ class GraphEngine:
         with torch.no_grad():
             vector, gradients = self._graphs[key](*inputs)
         for parameter, gradient in zip(self._trained.values(), gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _laid_out(gradient, parameter)
         return vector
 
     def _trace(self, inputs: tuple[Any, ...]) -> Any:
@@ -123,6 +123,14 @@ class _Pair(nn.Module):
     def forward(self, args: tuple[Tensor, ...], beta: Tensor) -> Tensor:
         self.names, vector = _vector(self.objective, self.model, self.guide, args, beta)
         return vector
+
+
+def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Lay a gradient out in memory as its parameter is, as autograd does when it fills ``.grad``: fused
+    optimisers walk over both as they lie, and would read another layout transposed, without an error."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _drop_questions(graph: Any) -> None:

@@ -87,6 +87,36 @@ def test_the_compiled_graph_has_the_same_gradients_in_expectation() -> None:
             torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
 
 
+class _Transposed(LinearModel):
+    """A decoder whose gradient comes out transposed: in the right shape, not in the layout of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.randn(4, 4) + 4 * torch.eye(4))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        with pyro.plate("volume", len(x), dim=-1):
+            pyro.factor("volume", torch.linalg.slogdet(self.square)[1].expand(len(x)))
+        return super().forward(x, y)
+
+
+def test_a_graph_lays_gradients_out_as_their_parameters_for_a_fused_optimiser() -> None:
+    moved = {}
+    for name in ("eager", "graph"):
+        torch.manual_seed(0)
+        model, guide = _Transposed(), LinearGuide()
+        engine = make_engine(name, ELBO(), model, guide, compile=False)
+        optimizer = torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=0.1, fused=True)
+        for _ in range(3):
+            torch.manual_seed(1)
+            engine((torch.zeros(7, 5),), torch.ones(()))
+            optimizer.step()
+        assert model.square.grad is not None
+        assert model.square.grad.stride() == model.square.stride()
+        moved[name] = model.square.detach().clone()
+    torch.testing.assert_close(moved["graph"], moved["eager"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_compiled_graph_differentiates_forward_derivatives() -> None:
     """FIVE's step is a gradient of Jacobian-vector products, which record questions no compiler takes."""
