@@ -3,7 +3,7 @@
 from .calibrate import measure_sigma
 from .checkpoint import CheckpointError, load_parameters
 from .fit import fit
-from .loop import Run
+from .loop import Monitor, Run
 from .objective import ELBO
 from .program import registered
 from .trainer import NonFiniteLoss, Trainer
@@ -11,6 +11,7 @@ from .trainer import NonFiniteLoss, Trainer
 __all__ = [
     "ELBO",
     "CheckpointError",
+    "Monitor",
     "NonFiniteLoss",
     "Run",
     "Trainer",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pvae.data import Data, Split, from_tensors
 
 from .isolation import device_of
-from .loop import Callback, Loop, Run
+from .loop import Callback, Loop, Monitor, Run
 from .objective import ELBO, Kind
 from .progress import reporting
 from .schedule import Schedule
@@ -46,7 +46,7 @@ def fit(
     resume: bool = False,
     log_every: int | None = None,
     checkpoint_every: float = 30.0,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback | Monitor] = (),
     progress: bool | None = None,
 ) -> Run:
     """Train model and guide by stochastic variational inference.
@@ -81,7 +81,8 @@ def fit(
         resume: Go on from the last checkpoint in ``out``, if there is one.
         log_every: Steps per row of the history; by default an epoch, at most 100.
         checkpoint_every: Least seconds between checkpoints.
-        callbacks: Called with the run and each new row.
+        callbacks: Called with the run and each new row, once it is written. A
+            :class:`pvae.inference.Monitor` is asked before instead, and what it measures is in the row.
         progress: Whether to show a bar; by default on a terminal only.
 
     Returns:
@@ -133,7 +134,8 @@ def fit(
         patience=patience,
         seed=seed,
         checkpoint_every=checkpoint_every,
-        callbacks=tuple(callbacks),
+        callbacks=tuple(callback for callback in callbacks if not isinstance(callback, Monitor)),
+        monitors=tuple(callback for callback in callbacks if isinstance(callback, Monitor)),
     )
     loop.prepare(resume)
     model.train()

@@ -5,11 +5,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .program import load_program_state, program_state
 from .progress import Reporter
 from .trainer import NonFiniteLoss, Trainer
 
-__all__ = ["Callback", "Loop", "Run"]
+__all__ = ["Callback", "Loop", "Monitor", "Run"]
 
 Callback = Callable[["Run", dict[str, float]], None]
 
@@ -39,8 +39,9 @@ class Run:
         model: The trained model.
         guide: The trained guide.
         history: One row per log interval: ``step``, ``epoch``, ``loss`` and its parts in nats per datum
-            (``reconstruction``, ``kl``, ``kl/<site>``, ``factor/<site>``), ``lr``, ``beta``; at the end of an
-            epoch also ``valid_loss`` where there is a validation split.
+            (``reconstruction``, ``kl``, ``kl/<site>``, ``factor/<site>``, ``align``), ``lr``, ``beta``; at
+            the end of an epoch also ``valid_loss`` where there is a validation split, and what monitors
+            measured.
         steps: Steps taken.
         seconds: Wall time of this call.
         best: Lowest validation loss, nats per datum; infinite without validation.
@@ -58,6 +59,30 @@ class Run:
     out: Path | None = None
 
 
+@runtime_checkable
+class Monitor(Protocol):
+    """A callback that measures: what it finds stands in the rows, in ``metrics.jsonl`` too.
+
+    It sees the parameters that validate (averaged ones, if there are any), may draw from torch's, NumPy's and
+    Python's generators, and must change nothing in the programs. That a resumed run writes the rows of an
+    uninterrupted one takes a monitor whose figures follow from the programs, the row and the rows before it
+    alone.
+    """
+
+    def measure(self, run: Run, row: Mapping[str, float]) -> Mapping[str, float]:
+        """Return figures under names of its own, or none, to be added to a row before it is written.
+
+        Args:
+            run: The run; its history ends before ``row``.
+            row: The new row.
+        """
+        ...
+
+    def finish(self, run: Run) -> None:
+        """Look at the trained programs: called once, when the parameters are those that remain."""
+        ...
+
+
 @dataclass
 class Loop:
     """Epochs, rows, validation, checkpoints and early stopping around a trainer."""
@@ -72,6 +97,7 @@ class Loop:
     seed: int
     checkpoint_every: float
     callbacks: tuple[Callback, ...]
+    monitors: tuple[Monitor, ...] = ()
     best_state: dict[str, Tensor] = field(default_factory=dict)
     best_step: int = 0
     waited: int = 0
@@ -79,6 +105,9 @@ class Loop:
 
     def prepare(self, resume: bool) -> None:
         """Check the programs on a batch; take up a checkpoint, or make sure that none is overwritten."""
+        check_data = getattr(self.trainer.model, "check_data", None)
+        if check_data is not None:
+            check_data(len(self.train))
         with isolated_rng(self.trainer.device, self.seed):
             self.trainer.check(next(self._batches(0, 0)))
         out = self.run.out
@@ -112,6 +141,8 @@ class Loop:
         run.steps = trainer.step_count
         run.stopped = "early" if self._exhausted() else "finished"
         self._finish()
+        for monitor in self.monitors:
+            monitor.finish(run)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         return self.train.batches(self.batch_size, seed=self.seed, epoch=epoch, drop_last=True, start=start)
@@ -127,6 +158,7 @@ class Loop:
         if ended and self.valid is not None:
             row["valid_loss"] = self._validate()
             self._judge(row["valid_loss"])
+        row |= self._measure(row)
         self.run.history.append(row)
         if self.run.out is not None:
             with (self.run.out / "metrics.jsonl").open("a") as file:
@@ -166,6 +198,14 @@ class Loop:
                 bound = trainer.objective.terms(trainer.model, trainer.guide, *args).bound
                 total -= float(bound.double().sum())
         return total / len(self.valid)
+
+    def _measure(self, row: Mapping[str, float]) -> dict[str, float]:
+        """What monitors find, at the parameters that validate."""
+        found: dict[str, float] = {}
+        for monitor in self.monitors:
+            with self.trainer.averaged(), isolated_rng(self.trainer.device):
+                found |= monitor.measure(self.run, row)
+        return found
 
     def _judge(self, valid_loss: float) -> None:
         """Keep the best parameters; count the epochs since."""

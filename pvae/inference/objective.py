@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
+from pvae.alignment import DensityFactor
 from pvae.ops import log_mean_exp
 
 from .program import Program, Site, SiteRecorder, particle_plate
@@ -40,7 +41,8 @@ class Terms:
         loss: What is minimised: minus the bound with the training-only settings in it, mean over the
             batch, a scalar.
         parts: Means over batch and particles: ``reconstruction`` (minus log-likelihood), ``kl`` (all
-            latent sites), ``kl/<site>``, ``factor/<site>`` where the model has factors, and
+            latent sites), ``kl/<site>``, ``factor/<site>`` where the model has factors, ``align`` where one
+            of them belongs to training alone (minus it: what it adds to the loss), and
             ``surrogate/<site>`` where a guide's log q is a surrogate: how good it is, one at best. ``kl``
             and ``loss`` are then no bounds.
         log_x: log p(x | z), shape ``(*particles, B)``.
@@ -71,6 +73,9 @@ class ELBO(pyro.infer.ELBO):
     for ``"iwae"`` and ``"dreg"``; for ``"elbo"`` and ``"mean_field"`` the mean of :math:`K` single-particle
     bounds. It equals Pyro's ``Trace_ELBO`` / ``TraceMeanField_ELBO`` (vectorised particles) in value and
     gradient for the same noise, and can be handed to :class:`pyro.infer.SVI` in their place.
+
+    A factor that is marked as training-only (:data:`pvae.alignment.TRAINING_ONLY`) is no part of p(x, z): it
+    is added to the bound, averaged over particles, and never stands in a weight.
 
     Both programs take ``x`` of shape ``(B, *x_shape)`` first; every site lies in their plate over the data.
 
@@ -118,7 +123,8 @@ class ELBO(pyro.infer.ELBO):
             ValueError: If a latent of the guide has no reparameterised sample, model and guide have other
                 latents, a site lies outside the plate over the data, or an importance-weighted objective
                 meets a guide that gives the mean of log q in its place, has no density in training, or
-                has an exact one of too many latents; "dreg" one that shares parameters with the model.
+                has an exact one of too many latents; "dreg" one that shares parameters with the model, or a
+            training-only factor made of the draws.
         """
         shape = self._log_prob_shape(len(args[0]))
         # The recorder stands outside the plate, which would otherwise not broadcast a replayed site.
@@ -132,10 +138,12 @@ class ELBO(pyro.infer.ELBO):
             _check_densities(self.kind, q.sites)
             if self.kind == "dreg":
                 _check_own_parameters(guide)
+                _check_training_only(p.sites, self.num_particles)
         guide_sites = self._held(guide, values, args, kwargs) if self.kind == "dreg" else q.sites
         log_x, factors, ratios = self._log_terms(p.sites, guide_sites)
         reconstruction = -log_x.mean()
         kl = {name: ratio.mean() for name, ratio in ratios.items()}
+        extra = [-_training_only(s, p.sites).mean() for s in p.sites.values() if s.training_only]
         factor = {name: value.mean() for name, value in factors.items()}
         if self.kind in ("iwae", "dreg"):
             log_w = log_x - beta * _sum(ratios.values())
@@ -147,9 +155,11 @@ class ELBO(pyro.infer.ELBO):
             penalties = [k.clamp(min=self.free_bits) if self.free_bits else k for k in kl.values()]
             loss = reconstruction + beta * _sum(penalties)
             loss = loss - _sum(factor.values()) if factor else loss
+        loss = loss + _sum(extra) if extra else loss
         parts = {"reconstruction": reconstruction, "kl": _sum(kl.values())}
         parts |= {f"kl/{name}": value for name, value in kl.items()}
         parts |= {f"factor/{name}": value for name, value in factor.items()}
+        parts |= {"align": _sum(extra)} if extra else {}
         health = {name: _declared(site.fn, "health", None) for name, site in q.sites.items()}
         parts |= {f"surrogate/{name}": value.mean() for name, value in health.items() if value is not None}
         return Terms(loss, parts, log_x, list(ratios.values()), self.kind in ("iwae", "dreg"))
@@ -201,9 +211,11 @@ class ELBO(pyro.infer.ELBO):
     def _log_terms(
         self, p: dict[str, Site], q: dict[str, Site]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Return log p(x | z), the factors, and log q - log p (or its closed form) of each latent site."""
+        """Return log p(x | z), the factors that are not training-only, and log q - log p (or its closed form)
+        of each latent site.
+        """
         log_x = [s.scaled_log_prob() for s in p.values() if s.observed and not s.is_factor]
-        factors = {s.name: s.scaled_log_prob() for s in p.values() if s.is_factor}
+        factors = {s.name: s.scaled_log_prob() for s in p.values() if s.is_factor and not s.training_only}
         factors |= {s.name: -s.scaled_log_prob() for s in q.values() if s.is_factor}
         ratios = {s.name: self._ratio(s, q[s.name]) for s in p.values() if not s.observed}
         return _sum(log_x), factors, ratios
@@ -290,6 +302,23 @@ def _check_own_parameters(guide: Program) -> None:
             "objective 'dreg' needs a guide with parameters of its own alone, but the density of "
             f"{type(getattr(guide, 'program', guide)).__name__} depends on the model's: use objective 'iwae'"
         )
+
+
+def _training_only(site: Site, sites: dict[str, Site]) -> Tensor:
+    """A training-only factor, of the log-density of another site where it is made of that."""
+    if isinstance(site.fn, DensityFactor):
+        return site.scaled(site.fn.of(sites[site.fn.site].bare_log_prob))
+    return site.scaled_log_prob()
+
+
+def _check_training_only(p: dict[str, Site], num_particles: int) -> None:
+    """Refuse a term made of the draws: DReG multiplies the gradient that reaches each draw by its weight."""
+    for name, site in p.items():
+        if num_particles > 1 and site.training_only == "draw":
+            raise ValueError(
+                f"objective 'dreg' would weigh the gradient of the training-only factor {name!r}, which is "
+                "made of the draw: align with estimator='mean' or 'multi', or use objective 'iwae'"
+            )
 
 
 def _check_programs(p: dict[str, Site], q: dict[str, Site], shape: tuple[int, ...]) -> None:

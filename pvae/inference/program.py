@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -10,6 +11,8 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+
+from pvae.alignment import TRAINING_ONLY
 
 __all__ = [
     "Program",
@@ -35,19 +38,26 @@ class Site:
     observed: bool
     scale: float | Tensor
     mask: Any
+    # What a factor is made of that belongs to training alone: "draw" or "expectation".
+    training_only: str | None = None
 
     @property
     def is_factor(self) -> bool:
         """Whether this is a ``pyro.factor`` statement, which is a term of an objective, not of a density."""
         return isinstance(self.fn, dist.Unit)
 
+    @cached_property
+    def bare_log_prob(self) -> Tensor:
+        """Log-density of the value in nats, neither masked nor scaled, computed once."""
+        return self.fn.log_prob(self.value)
+
     def log_prob(self) -> Tensor:
         """Log-density of the value in nats, masked but not scaled; shape: the site's batch shape."""
-        return scale_and_mask(self.fn.log_prob(self.value), 1.0, self.mask)
+        return scale_and_mask(self.bare_log_prob, 1.0, self.mask)
 
     def scaled_log_prob(self) -> Tensor:
         """Log-density with the scale that ``poutine.scale`` or a subsampling plate put on the site."""
-        return self.scaled(self.fn.log_prob(self.value))
+        return self.scaled(self.bare_log_prob)
 
     def scaled(self, log_prob: Tensor) -> Tensor:
         """Put the site's scale and mask on a quantity of the site's batch shape."""
@@ -94,8 +104,9 @@ class SiteRecorder(Messenger):
         name = msg["name"]
         if name in self.sites:
             raise ValueError(f"sample sites must have different names, got {name!r} twice")
+        mark = (msg["infer"] or {}).get(TRAINING_ONLY)
         self.sites[name] = Site(
-            name, msg["fn"], msg["value"], bool(msg["is_observed"]), msg["scale"], msg["mask"]
+            name, msg["fn"], msg["value"], bool(msg["is_observed"]), msg["scale"], msg["mask"], mark
         )
 
 

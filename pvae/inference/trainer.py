@@ -18,6 +18,9 @@ from .schedule import Schedule, schedule, warm_up
 
 __all__ = ["NonFiniteLoss", "OptimizerChoice", "Trainer", "arguments"]
 
+# Prefix, in a checkpoint, of what a model has beside its state that only training needs.
+_BESIDE = "training."
+
 OptimizerChoice = str | Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -30,6 +33,12 @@ class Trainer:
 
     It draws from generators of its own and gives the process's back after every block, so two trainers
     that take turns train exactly as each alone. Nothing in a step waits for the device.
+
+    A model may ask to be told more than a program is (:class:`pvae.alignment.AlignedModel` does), by methods:
+    ``check_data(num_data)`` once, before training; ``on_batch(index)`` with the positions of the data of a
+    batch, before the check; ``on_step(args, index, step, total_steps)`` before each step, inside
+    :meth:`generator`; ``training_state()`` and ``load_training_state(tensors)``, for what it has beside its
+    state that the next step depends on.
 
     Args:
         model: The model program.
@@ -121,6 +130,9 @@ class Trainer:
         if likelihood_check is not None:
             likelihood_check(batch.x)
         args = self.arguments(batch)
+        on_batch = getattr(self.model, "on_batch", None)
+        if on_batch is not None:
+            on_batch(batch.index)
         labels_check = getattr(self.model, "check_labels", None)
         if labels_check is not None and len(args) > 1:
             labels_check(args[1])
@@ -148,7 +160,11 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Take one optimisation step; call it inside :meth:`generator`."""
         self._beta.fill_(self.beta)
-        losses = self.engine(self.arguments(batch), self._beta)
+        args = self.arguments(batch)
+        on_step = getattr(self.model, "on_step", None)
+        if on_step is not None:
+            on_step(args, batch.index, self.step_count, self.total_steps)
+        losses = self.engine(args, self._beta)
         if self.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, foreach=True)
         rate = self.learning_rate
@@ -223,6 +239,8 @@ class Trainer:
         }
         tensors |= {f"ema.{i}": average for i, average in enumerate(self.averages)}
         tensors |= {f"rng.{name}": state for name, state in self._generators.tensors.items()}
+        beside: dict[str, Tensor] = getattr(self.model, "training_state", dict)()
+        tensors |= {f"{_BESIDE}{name}": tensor for name, tensor in beside.items()}
         if self._losses is not None:
             tensors["losses"] = self._losses[: self._filled]
         meta = {
@@ -233,7 +251,19 @@ class Trainer:
         return tensors, meta
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Take up a state that :meth:`state` returned."""
+        """Take up a state that :meth:`state` returned.
+
+        Raises:
+            RuntimeError: If it is of other programs.
+        """
+        beside = {n.removeprefix(_BESIDE): t for n, t in tensors.items() if n.startswith(_BESIDE)}
+        load = getattr(self.model, "load_training_state", None)
+        if load is not None:
+            load(beside)
+        elif beside:
+            raise RuntimeError(
+                f"the saved model has a training state ({next(iter(beside))}), this one has none"
+            )
         load_program_state(self.model, self.guide, tensors)
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():

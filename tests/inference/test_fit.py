@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,34 @@ def test_two_models_trained_in_turns_equal_the_two_trained_alone(data: Data) -> 
         assert same(program_state(one.model, one.guide), program_state(other.model, other.guide))
 
 
+class Ruler:
+    """A monitor that measures the parameters, draws noise, and notes what it was told."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.ends: list[float] = []
+
+    def measure(self, run: Run, row: Mapping[str, float]) -> dict[str, float]:
+        assert row["step"] not in [old["step"] for old in run.history]
+        self.rows.append({**row, "ruler/bias": self.bias(run)})
+        torch.manual_seed(0)
+        return {"ruler/bias": self.bias(run), "ruler/noise": float(torch.randn(()))}
+
+    def finish(self, run: Run) -> None:
+        self.ends.append(self.bias(run))
+
+    @staticmethod
+    def bias(run: Run) -> float:
+        return float(dict(run.model.named_parameters())["decoder.bias"].detach().sum())
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"ema": 0.9, "patience": 50}, {"engine": "graph", "compile": False}]
+    "settings",
+    [
+        {},
+        {"ema": 0.9, "patience": 50, "callbacks": [Ruler()]},
+        {"engine": "graph", "compile": False},
+    ],
 )
 @pytest.mark.parametrize("cut", [7, 10, 23])
 def test_interrupted_and_resumed_training_gives_the_same_bytes(
@@ -301,6 +328,40 @@ def test_ema_averages_the_parameters(data: Data) -> None:
         decay = min(0.5, step / (step + 10))
         average = decay * average + (1 - decay) * at_step["model.decoder.weight"]
     torch.testing.assert_close(state["model.decoder.weight"], average)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}])
+def test_what_a_monitor_measures_is_in_the_row_that_is_written(
+    data: Data, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    ruler, seen = Ruler(), []
+
+    def keep(run: Run, row: dict[str, float]) -> None:
+        written = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(written[-1]) == row == run.history[-1]
+        seen.append((row["ruler/bias"], Ruler.bias(run)))
+
+    programs()  # as train does, and nothing else draws
+    before = torch.get_rng_state()
+    run, state = train(data, out=tmp_path / "run", callbacks=[keep, ruler], log_every=4, **settings)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(seen) == len(run.history) == 9
+    # Each found the parameters that validate, which with an average are not those that train.
+    assert all((found == raw) == ("ema" not in settings) for found, raw in seen)
+    assert [row["ruler/bias"] for row in ruler.rows] == [row["ruler/bias"] for row in run.history]
+    assert all("loss" in row and ("valid_loss" in row) == (row["step"] % 10 == 0) for row in ruler.rows)
+    assert ruler.ends == [Ruler.bias(run)] == [run.history[-1]["ruler/bias"]]
+    plain, wanted = train(data, log_every=4, **settings)
+    assert same(state, wanted)
+    assert [{k: v for k, v in row.items() if "ruler" not in k} for row in run.history] == plain.history
+
+
+def test_a_monitor_is_told_of_the_end_when_the_best_is_back(data: Data) -> None:
+    ruler = Ruler()
+    run, _ = train(data, epochs=200, lr=0.05, patience=4, callbacks=[ruler])
+    best = next(row for row in run.history if row["valid_loss"] == run.best)
+    assert ruler.ends == [best["ruler/bias"]]
+    assert run.stopped == "early"
 
 
 def test_warm_up_and_schedule_reach_the_rows(data: Data) -> None:
