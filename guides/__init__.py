@@ -6,7 +6,7 @@ if __name__ != "pvae.guides":
 from .five import FiveGuide
 from .flow import FlowGuide
 from .full_covariance import FullCovarianceGuide
-from .laplace import LaplaceGuide
+from .laplace import LaplaceGuide, laplace_proposal
 from .normal import NormalGuide
 from .point import PointGuide
 from .tied import TiedGuide
@@ -19,4 +19,5 @@ __all__ = [
     "NormalGuide",
     "PointGuide",
     "TiedGuide",
+    "laplace_proposal",
 ]

@@ -1,6 +1,6 @@
 r"""Guide with a covariance implied by the encoder's Jacobian (Sorrenson et al. 2025, arXiv:2506.01522v1)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyro
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class FiveGuide(TiedGuide):
         ValueError: For options that do not go together, or a network whose derivatives are wrong or missing.
     """
 
+    proposal_name: ClassVar[str] = "five"
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -70,7 +72,9 @@ class FiveGuide(TiedGuide):
         directions: Directions = "sphere",
         num_probes: int = 1,
     ) -> None:
-        super().__init__(encoder, decoder, likelihood, differentiate_decoder=False)
+        super().__init__(
+            encoder, decoder, likelihood, differentiate_encoder=True, differentiate_decoder=False
+        )
         if objective not in ("five", "fif"):
             raise ValueError(f"objective must be 'five' or 'fif', got {objective!r}")
         check_options(self.z_dim, logdet, probe, directions, num_probes)

@@ -42,6 +42,7 @@ class TiedGuide(nn.Module):
             has an argument ``y``, to z or to a tuple that begins with z.
         decoder: The model's decoder.
         likelihood: The model's likelihood, ``Normal`` or ``Bernoulli``.
+        differentiate_encoder: Whether the encoder's derivative is used, with its gradient.
         differentiate_decoder: Whether gradients are taken of the decoder's derivative.
 
     Attributes:
@@ -57,7 +58,13 @@ class TiedGuide(nn.Module):
     shares_parameters = True
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, likelihood: nn.Module, differentiate_decoder: bool
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: nn.Module,
+        *,
+        differentiate_encoder: bool,
+        differentiate_decoder: bool,
     ) -> None:
         super().__init__()
         if not isinstance(likelihood, Normal | Bernoulli):
@@ -73,11 +80,8 @@ class TiedGuide(nn.Module):
         self._model = (decoder, likelihood)
         self._sees_y = (takes_labels(encoder), takes_labels(decoder))
         self.z_dim: int = sizes[0]
-        if isinstance(encoder, Encoder):
-            y = _labels_for(encoder.labels)
-            check_forward_mode("encoder", encoder, lambda x: self.location(x, y), encoder.x_shape)
-        else:
-            check_forward_mode("encoder", encoder)
+        if differentiate_encoder:
+            self._check_encoder()
         labels = getattr(decoder, "labels", None)
         if getattr(decoder, "z_dim", None):
             y = _labels_for(labels)
@@ -86,6 +90,13 @@ class TiedGuide(nn.Module):
             )
         else:
             check_forward_mode("decoder", decoder, reverse=differentiate_decoder)
+
+    def _check_encoder(self) -> None:
+        if isinstance(self.encoder, Encoder):
+            y = _labels_for(self.encoder.labels)
+            check_forward_mode("encoder", self.encoder, lambda x: self.location(x, y), self.encoder.x_shape)
+        else:
+            check_forward_mode("encoder", self.encoder)
 
     def location(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """f(x): map data ``(*batch, *x_shape)`` and labels to ``(*batch, z_dim)``."""

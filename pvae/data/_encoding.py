@@ -91,6 +91,12 @@ class Encoding:
         """Return ``x``, float32, from what :meth:`fix` gave (or from rows of it)."""
         return self._grey(fixed) if self.keeps and self.scale == "unit" else fixed.to(torch.float32)
 
+    def clean(self, stored: Tensor) -> Tensor:
+        """Return what the noise is drawn around: its mean, float32, in the units of ``x``."""
+        if self.binarize is not None:
+            return self._grey(stored)
+        return self._dequantized(stored, torch.tensor(0.5)) if self.dequantize else self.finish(stored)
+
     def _grey(self, stored: Tensor) -> Tensor:
         """Stored levels as grey values in [0, 1], k / (levels - 1)."""
         grey = stored.to(torch.float32)

@@ -16,7 +16,7 @@ from .digits import digits
 from .errors import DataError
 from .freyfaces import freyfaces
 from .gaussian_mixture import gaussian_mixture
-from .manifold import manifold
+from .manifold import manifold, saddle
 from .mnist import emnist, fashion_mnist, kmnist, mnist
 from .omniglot import omniglot
 from .ppca import ppca
@@ -44,6 +44,7 @@ _LOADERS: dict[str, Callable[..., Source]] = {
         gaussian_mixture,
         two_moons,
         manifold,
+        saddle,
         ppca,
     )
 }
@@ -87,11 +88,12 @@ def load(
     ``gaussian_mixture``   (2,)           10000 / 2000 / 5000      ``components, layout, radius, std``
     ``two_moons``          (2,)           10000 / 2000 / 5000      ``noise``
     ``manifold``           (2,)           10000 / 2000 / 5000      ``noise``
+    ``saddle``             (3,)           10000 / 2000 / 5000      ``curvature, noise``
     ``ppca``               (x_dim,)       10000 / 2000 / 5000      ``x_dim, z_dim, noise``
     =====================  =============  =======================  ======================================
 
-    The last four and ``sprites`` are drawn by ``seed``, take ``num_train`` and ``num_test``, and tell their
-    truth in ``data.truth``; the last four have ``data.log_density``. ``digits`` comes with scikit-learn;
+    The last five and ``sprites`` are drawn by ``seed``, take ``num_train`` and ``num_test``, and tell their
+    truth in ``data.truth``; the last five have ``data.log_density``. ``digits`` comes with scikit-learn;
     the others are files. ``celeba`` is read by worker processes as it is needed, unless it is small.
 
     Args:

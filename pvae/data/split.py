@@ -94,6 +94,15 @@ class Split:
         return self._x
 
     @property
+    def clean(self) -> Tensor:
+        """The data without the noise of their protocol, float32, shape ``(N, *x_shape)``.
+
+        Grey values in [0, 1] of data that are binarised, the middle of the cell of those that are
+        dequantised, and :attr:`x` of all others. Not kept.
+        """
+        return self._encoding.clean(self._stored)
+
+    @property
     def y(self) -> Tensor | None:
         """Class numbers ``(N,)`` int64, or attributes ``(N, L)`` float32, or ``None``."""
         return self._y

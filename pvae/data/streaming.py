@@ -88,6 +88,11 @@ class StreamingSplit(Split):
         return self[:].x
 
     @property
+    def clean(self) -> Tensor:
+        """All data without the noise of their protocol: reads the whole part into memory, each time."""
+        return self[:].clean
+
+    @property
     def y(self) -> Tensor | None:
         """All labels: known beforehand, or else read with the whole part, each time."""
         y = self._y

@@ -29,6 +29,9 @@ class LikelihoodEstimate:
         seed: Seed of the draws.
         protocol: What was scored (data set, split, binarisation, hash), if known.
         conditional: Whether the density is that of x given its label, log p(x | y).
+        proposal: Name of the proposal that the latents were drawn from, where the guide has one. Estimates of
+            one model under several proposals are lower bounds on the same log p(x): the one with the largest
+            mean is the best. The larger of two noisy bounds datum by datum is no bound.
     """
 
     log_prob: Tensor
@@ -40,6 +43,7 @@ class LikelihoodEstimate:
     seed: int
     protocol: dict[str, Any] | None = None
     conditional: bool = False
+    proposal: str | None = None
 
     @property
     def mean(self) -> float:
@@ -86,6 +90,7 @@ class LikelihoodEstimate:
             "num_particles": self.num_particles,
             "seed": self.seed,
             "conditional": self.conditional,
+            "proposal": self.proposal,
             "protocol": self.protocol,
             "per_datum": {
                 "log_prob": self.log_prob.tolist(),
@@ -98,9 +103,10 @@ class LikelihoodEstimate:
 
     def __str__(self) -> str:
         given = " | y" if self.conditional else ""
+        drawn = "" if self.proposal is None else f", proposal {self.proposal}"
         parts = [
             f"log p(x{given}) >= {self.mean:.2f} ± {self.standard_error:.2f} nats"
-            f" (IWAE-{self.num_particles} on {len(self.log_prob)} data, Monte-Carlo error"
+            f" (IWAE-{self.num_particles} on {len(self.log_prob)} data{drawn}, Monte-Carlo error"
             f" {self.monte_carlo_error:.3f}; ELBO {self.elbo:.2f})",
             self._khat_sentence(),
         ]

@@ -52,7 +52,8 @@ def log_likelihood(
 
     Args:
         model: The model program, ``model(x)`` or ``model(x, y)``.
-        guide: The guide program, with the model's latent sites.
+        guide: The guide program, with the model's latent sites: the proposal. The bound holds under any; the
+            better the proposal, the higher the bound. A guide may have a ``proposal_name``.
         x: Data, shape ``(N, *x_shape)``, or a split of a data set, which brings its protocol along.
         y: Contexts, first dimension ``N``. A split's own labels are used if ``model.conditional`` is true.
         num_particles: Particles K per datum.
@@ -100,7 +101,14 @@ def log_likelihood(
             report(min(part.stop, len(x)))
     log_prob, elbo, khat, ess, error = (torch.cat(column) for column in zip(*parts, strict=True))
     columns = (log_prob, elbo, khat, ess, error)
-    return LikelihoodEstimate(*columns, num_particles, seed, protocol, conditional=y is not None)
+    return LikelihoodEstimate(
+        *columns,
+        num_particles,
+        seed,
+        protocol,
+        conditional=y is not None,
+        proposal=getattr(guide, "proposal_name", None),
+    )
 
 
 def _latent_size(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> int:

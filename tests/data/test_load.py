@@ -23,6 +23,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "gaussian_mixture": (10_000, 2_000, 5_000),
     "two_moons": (10_000, 2_000, 5_000),
     "manifold": (10_000, 2_000, 5_000),
+    "saddle": (10_000, 2_000, 5_000),
     "ppca": (10_000, 2_000, 5_000),
 }
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -33,12 +34,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "gaussian_mixture": (2,),
     "two_moons": (2,),
     "manifold": (2,),
+    "saddle": (3,),
     "ppca": (10,),
 }
 VALUES = {
     **dict.fromkeys(("digits", "mnist", "kmnist", "emnist", "omniglot", "binarized_mnist"), "binary"),
     **dict.fromkeys(("fashion_mnist", "freyfaces", "cifar10", "sprites"), "unit"),
-    **dict.fromkeys(("gaussian_mixture", "two_moons", "manifold", "ppca"), "real"),
+    **dict.fromkeys(("gaussian_mixture", "two_moons", "manifold", "saddle", "ppca"), "real"),
 }
 CLASSES = {
     **dict.fromkeys(("digits", "mnist", "fashion_mnist", "kmnist", "cifar10"), 10),
@@ -47,7 +49,7 @@ CLASSES = {
     "gaussian_mixture": 8,
     "two_moons": 2,
 }
-DRAWN = {"digits", "sprites", "gaussian_mixture", "two_moons", "manifold", "ppca"}
+DRAWN = {"digits", "sprites", "gaussian_mixture", "two_moons", "manifold", "saddle", "ppca"}
 
 
 def test_names_are_these() -> None:

@@ -343,3 +343,27 @@ def test_repr_and_names() -> None:
     assert data.test.class_names == data.class_names == tuple("0123456789")
     assert [split.name for split in (data.train, data.valid, data.test)] == list(data.parts)
     assert data.train.fits_device
+
+
+@pytest.mark.parametrize(
+    ("options", "top"),
+    [
+        ({"binarize": "dynamic"}, 255),
+        ({"binarize": "static"}, 255),
+        ({"dequantize": True}, 256),
+        ({}, 255),
+        ({"scale": "count"}, 1),
+        ({"scale": "count", "dequantize": True}, 1),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_clean_is_the_mean_of_the_noise(options: dict[str, Any], top: int, part: str) -> None:
+    split: Split = getattr(three(**options), part)
+    levels = grey(3 * N)[slice(0, N) if part == "train" else slice(2 * N, 3 * N)].double()
+    wanted = (levels + (0.5 if options.get("dequantize") else 0.0)) / top
+    torch.testing.assert_close(split.clean.double(), wanted, rtol=1e-6, atol=1e-7)
+    assert (split.clean.dtype, split[5:9].clean.shape) == (torch.float32, (4, *SHAPE))
+    # The noise leaves it where it is: over all pixels the mean differs by its own standard error at most.
+    error = 0.5 / split.x.numel() ** 0.5 * (1 if options.get("binarize") else 1 / top)
+    if options.get("binarize") or options.get("dequantize"):
+        assert abs(float((split.x.double() - split.clean.double()).mean())) < 4 * error

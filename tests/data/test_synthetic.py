@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import integrate, stats
 from torch import Tensor
 
-from pvae.data import Data, load
+from pvae.data import Data, DataError, load
 
 PLANAR: list[tuple[str, dict[str, Any]]] = [
     ("gaussian_mixture", {}),
@@ -87,6 +87,84 @@ def test_curves_equal_adaptive_quadrature(name: str, noise: float) -> None:
         assert value == pytest.approx(float(np.logaddexp.reduce(pieces)) - constant, abs=1e-8)
 
 
+def summed(
+    decode: Callable[..., list[NDArray[Any]]], axes: list[NDArray[Any]], x: list[float], noise: float
+) -> tuple[float, NDArray[Any], NDArray[Any]]:
+    """Log p(x), mean and covariance of p(z | x), by sums over a fine grid of all latents."""
+    z = np.stack(np.meshgrid(*axes, indexing="ij")).reshape(len(axes), -1)
+    squares = sum((coordinate - g) ** 2 for coordinate, g in zip(x, decode(*z), strict=True))
+    log_joint = -0.5 * (z**2).sum(0) - 0.5 * squares / noise**2
+    log_joint += sum(math.log(axis[1] - axis[0]) for axis in axes)
+    log_joint -= 0.5 * (len(z) + len(x)) * math.log(2 * math.pi) + len(x) * math.log(noise)
+    weights = np.exp(log_joint - log_joint.max())
+    log_density = math.log(weights.sum()) + float(log_joint.max())
+    return log_density, np.average(z, axis=1, weights=weights), np.cov(z, aweights=weights, ddof=0)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "noise", "z"),
+    [(1.0, 0.1, (1.0, 1.0)), (2.0, 0.1, (1.0, 1.0)), (1.0, 0.3, (1.0, 1.0)), (1.0, 0.1, (1.0, -0.5))],
+)
+def test_saddle_equals_a_sum_over_both_latents(
+    curvature: float, noise: float, z: tuple[float, float]
+) -> None:
+    data = load("saddle", curvature=curvature, noise=noise, num_train=2)
+    on_surface = data.truth.decode(torch.tensor([z], dtype=torch.float64))
+    x = torch.cat([on_surface, data.train.x.double(), torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
+    values = log_density(data, x)
+    means, covariances = data.truth.posterior(x)
+    for i, point in enumerate(x.tolist()):
+        # Where the last point lies off the surface, both latents may have either sign.
+        reach = max(9 * noise, 2.0 if i == 3 else 0.0)
+        axes = [np.linspace(point[j] - reach, point[j] + reach, 701) for j in range(2)]
+        expected = summed(lambda a, b: [a, b, curvature * a * b], axes, point, noise)
+        assert float(values[i]) == pytest.approx(expected[0], abs=1e-9)
+        np.testing.assert_allclose(means[i], expected[1], atol=1e-9)
+        np.testing.assert_allclose(covariances[i], expected[2], atol=1e-9)
+    assert math.copysign(1.0, float(covariances[0, 0, 1])) == -math.copysign(1.0, z[0] * z[1])
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.5])
+def test_posteriors_on_the_sine_equal_sums(noise: float) -> None:
+    data = load("manifold", noise=noise, num_train=4)
+    x = torch.cat([data.train.x.double(), torch.tensor([[0.2, 3.0], [2.0, -0.7]], dtype=torch.float64)])
+    means, covariances = data.truth.posterior(x)
+    axis = np.linspace(-9.0, 9.0, 200_001)
+    for point, mean, covariance in zip(x.tolist(), means, covariances, strict=True):
+        expected = summed(lambda t: [t, np.sin(np.pi * t / 2)], [axis], point, noise)
+        np.testing.assert_allclose(mean, expected[1], atol=1e-9)
+        np.testing.assert_allclose(covariance, expected[2].reshape(1, 1), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("saddle", {"curvature": 1.5, "noise": 0.4}), ("manifold", {})]
+)
+def test_posteriors_of_samples_make_up_the_prior(name: str, options: dict[str, Any]) -> None:
+    data = load(name, num_train=2000, **options)
+    means, covariances = data.truth.posterior(data.train.x.double())
+    assert (means.shape[1], means.dtype) == (data.truth.z_dim, torch.float64)
+    total = covariances.mean(0) + torch.cov(means.T).reshape(covariances.shape[1:])
+    torch.testing.assert_close(total, torch.eye(len(total), dtype=torch.float64), atol=0.1, rtol=0)
+    assert means.mean(0).abs().max() < 0.08
+    single = data.truth.posterior(data.train.x[:6].reshape(2, 3, -1))
+    assert [tuple(part.shape[:2]) for part in single] == [(2, 3), (2, 3)]
+    torch.testing.assert_close(single[1].double().flatten(0, 1), covariances[:6], atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"x must have shape \(\*batch, \d\), got \(4, 7\)"):
+        data.truth.posterior(torch.zeros(4, 7))
+
+
+def test_saddle_samples_lie_around_the_surface() -> None:
+    data = load("saddle", curvature=0.7, noise=0.2, num_train=20_000)
+    x = data.train.x.double()
+    off = x[:, 2] - 0.7 * x[:, 0] * x[:, 1]
+    # The noise of the third coordinate, and of the other two times the slope there: a^2 (2 + s^2) s^2.
+    assert float(off.square().mean()) == pytest.approx(0.04 + 0.49 * (2 + 0.04) * 0.04, rel=0.05)
+    assert float(x[:, 0].var()) == pytest.approx(1.04, rel=0.04)
+    assert float(x[:, 2].var()) == pytest.approx(0.49 + 0.04, rel=0.06)
+    with pytest.raises(DataError, match=r"curvature must be positive, got -1\.0"):
+        load("saddle", curvature=-1.0)
+
+
 @pytest.mark.parametrize("options", [{}, {"components": 3, "layout": "random", "std": 0.4}])
 def test_mixture_equals_scipy(options: dict[str, Any]) -> None:
     data = load("gaussian_mixture", num_train=50, **options)
@@ -153,7 +231,9 @@ def test_ppca_samples_follow_the_density() -> None:
     assert stats.kstest(white.square().sum(1).numpy(), "chi2", args=(10,)).pvalue > 1e-4
 
 
-@pytest.mark.parametrize(("name", "options"), [*PLANAR, ("ppca", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [*PLANAR, ("saddle", {}), ("saddle", {"curvature": 2.0, "noise": 0.3}), ("ppca", {})]
+)
 def test_density_keeps_shape_type_and_gradient(name: str, options: dict[str, Any]) -> None:
     data = load(name, num_train=6, **options)
     x = data.train.x.double()
@@ -190,10 +270,10 @@ def test_labels() -> None:
     assert mixture.train.y is not None
     nearest = torch.cdist(mixture.train.x.double(), mixture.truth.centres).argmin(1)
     assert float((nearest == mixture.train.y).double().mean()) > 0.99
-    assert load("manifold").train.y is None
+    assert load("manifold").train.y is load("saddle").train.y is None
 
 
-@pytest.mark.parametrize("name", ["gaussian_mixture", "two_moons", "manifold", "ppca"])
+@pytest.mark.parametrize("name", ["gaussian_mixture", "two_moons", "manifold", "saddle", "ppca"])
 def test_parts_are_pure_functions_of_the_seed(name: str) -> None:
     data = load(name)
     torch.manual_seed(1)

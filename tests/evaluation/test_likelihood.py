@@ -63,6 +63,19 @@ def test_it_is_the_log_mean_of_the_weights_written_out(float64: None, num_partic
     assert estimate.standard_error == pytest.approx(estimate.log_prob.std().item() / math.sqrt(32))
 
 
+def test_the_proposal_is_named_where_the_guide_has_a_name(float64: None) -> None:
+    class Named(LinearGuide):
+        proposal_name = "wide"
+
+    model, x = LinearModel(), torch.randn(3, 5)
+    plain, named = (log_likelihood(model, guide, x, num_particles=30) for guide in (LinearGuide(), Named()))
+    assert plain.proposal is None
+    assert plain.to_dict()["proposal"] is None
+    assert "proposal" not in str(plain)
+    assert named.to_dict()["proposal"] == "wide"
+    assert "on 3 data, proposal wide, Monte-Carlo error" in str(named)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 64, 1000])
 def test_estimates_and_khats_do_not_depend_on_batches(float64: None, batch_size: int) -> None:
     model, guide, x = LinearModel(), LinearGuide(), torch.randn(70, 5)

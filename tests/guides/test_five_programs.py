@@ -295,6 +295,8 @@ def test_layers_with_wrong_derivatives_are_refused_by_name() -> None:
             ValueError, match=rf"encoder must not hold {type(layer).__name__} \(layer 'hidden.2'\)"
         ):
             FiveGuide(with_layer(layer), decoder, Normal())
+        # The encoder's derivative is no part of Laplace's covariance.
+        LaplaceGuide(with_layer(layer), decoder, Normal())
     decoder.mlp.hidden.append(nn.LayerNorm(6))
     FiveGuide(MLPEncoder((4,), 2), decoder, Normal())
     with pytest.raises(ValueError, match="decoder must not hold LayerNorm"):
