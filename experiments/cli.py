@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ import typer
 
 import pvae
 from pvae.data import Data, DataError, MissingData, names
+from pvae.evaluation import LikelihoodEstimate
 from pvae.inference import NonFiniteLoss
 from pvae.inference.checkpoint import CheckpointError, exists
 
@@ -165,7 +166,6 @@ def train(
         )
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, _how_to_resume(out, device, data_root, threads))
-    estimate = trained.estimate
     if as_json:
         _print_json(
             run=str(out),
@@ -175,7 +175,7 @@ def train(
             last=trained.run.history[-1] if trained.run.history else None,
             figures=[str(path) for path in trained.pictures],
             notes=trained.notes,
-            evaluation=None if estimate is None else _without_data(estimate.to_dict()),
+            evaluation=_estimates(trained.estimates) or None,
         )
         return
     typer.echo(
@@ -185,8 +185,7 @@ def train(
         typer.echo(f"figure    {path}")
     for note in trained.notes:
         typer.echo(f"note      {note}")
-    if estimate is not None:
-        typer.echo(f"{spec.evaluate.split:<9} {estimate}")
+    _print_estimates(spec.evaluate.split, trained.estimates)
 
 
 @app.command()
@@ -200,6 +199,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many data, evenly spread.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Data per pass of the decoder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the importance samples.")] = None,
+    proposal: Annotated[
+        str | None, typer.Option(help="What z is drawn from: own (the guide), laplace, both or auto.")
+    ] = None,
     device: _Device = "auto",
     data_root: _DataRoot = None,
     threads: _Threads = None,
@@ -207,7 +209,13 @@ def evaluate(
 ) -> None:
     """Estimate the held-out log-likelihood of a run; what is not given is as in its [evaluate]."""
     place = _place(device)
-    asked = {"num_particles": num_particles, "split": split, "limit": limit, "seed": seed}
+    asked = {
+        "num_particles": num_particles,
+        "split": split,
+        "limit": limit,
+        "seed": seed,
+        "proposal": proposal,
+    }
     changes = [f"evaluate.{key}={value}" for key, value in asked.items() if value is not None]
     from .jobs import evaluate as run_evaluation
     from .jobs import use_threads
@@ -218,11 +226,59 @@ def evaluate(
     if status not in ("finished", "early"):
         typer.echo(f"pvae: the training of {run} is {status}: this is its last checkpoint", err=True)
     settings = load_spec(run, changes).evaluate
-    estimate = run_evaluation(opened, settings, batch_size=batch_size, progress=False if as_json else None)
+    estimates = run_evaluation(opened, settings, batch_size=batch_size, progress=False if as_json else None)
     if as_json:
-        _print_json(run=str(run), split=settings.split, **_without_data(estimate.to_dict()))
+        _print_json(run=str(run), split=settings.split, **_estimates(estimates))
     else:
-        typer.echo(f"{settings.split:<9} {estimate}")
+        _print_estimates(settings.split, estimates)
+
+
+@app.command()
+@_guarded
+def diagnose(
+    run: _RunPath,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option(help="A data set from elsewhere: emnist, or NAME,key=value; may be repeated."),
+    ] = None,
+    num_data: Annotated[
+        int, typer.Option(min=20, help="At most so many data of each part, evenly spread.")
+    ] = 2000,
+    num_samples: Annotated[int, typer.Option(min=1, help="Draws of the latents for each datum.")] = 16,
+    num_particles: Annotated[
+        int | None, typer.Option(min=1, help="Particles of log p(x) as one more score (default none).")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Conformal tests are calibrated on: valid (default), or test, half of it."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    device: _Device = "auto",
+    data_root: _DataRoot = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing data files.")] = False,
+    threads: _Threads = None,
+    as_json: _Json = False,
+) -> None:
+    """Judge the prior of a run, and how it tells data from elsewhere from its own."""
+    place = _place(device)
+    from .diagnosing import Wanted
+    from .diagnosing import diagnose as run_diagnosis
+    from .jobs import use_threads
+
+    wanted = Wanted(tuple(ood or ()), num_data, num_samples, num_particles, calibration, seed)
+    opened = open_run(run, root=data_root, device=place)
+    use_threads(opened.program, opened.spec, threads)
+    found = run_diagnosis(
+        opened, wanted, root=data_root, download=download, progress=False if as_json else None
+    )
+    if as_json:
+        figures = [str(path) for path in found.pictures]
+        _print_json(run=str(run), figures=figures, **found.to_dict(per_datum=False))
+        return
+    typer.echo(found.to_text() + "\n")
+    for path in found.pictures:
+        typer.echo(f"figure    {path}")
+    typer.echo(f"record    {opened.folder.diagnosis}")
 
 
 @app.command()
@@ -230,7 +286,8 @@ def evaluate(
 def sample(
     run: _RunPath,
     num: Annotated[
-        int | None, typer.Option(min=1, help="Number of draws (default 64, or 8 for each row).")
+        int | None,
+        typer.Option(min=1, help="Number of draws (default 64, or 8 for each row; of points 500 or 100)."),
     ] = None,
     labels: Annotated[
         str | None, typer.Option(help="A row for each class: 0..9, or 0,3,7, or names.")
@@ -445,8 +502,28 @@ def _how_to_resume(out: Path, device: str, data_root: Path | None, threads: int 
     return f"interrupted, {kept}: go on with  {shlex.join(command)}"
 
 
-def _without_data(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "per_datum"}
+def _estimates(estimates: Sequence[LikelihoodEstimate]) -> dict[str, Any]:
+    """Estimates without their data: one as it is, two in a list with what follows from them."""
+    records = [
+        {key: value for key, value in estimate.to_dict().items() if key != "per_datum"}
+        for estimate in estimates
+    ]
+    if len(records) < 2:
+        return records[0] if records else {}
+    return {"estimates": records, "better": _better(estimates)}
+
+
+def _print_estimates(split: str, estimates: Sequence[LikelihoodEstimate]) -> None:
+    for estimate in estimates:
+        typer.echo(f"{split:<9} {estimate}")
+    if len(estimates) > 1:
+        typer.echo(f"{'better':<9} {_better(estimates)}")
+
+
+def _better(estimates: Sequence[LikelihoodEstimate]) -> str:
+    from .jobs import better_bound
+
+    return better_bound(*estimates)
 
 
 def _print_json(**record: Any) -> None:

@@ -46,6 +46,8 @@ class Row:
         khat_shares: Share of data with an unreliable k-hat, each seed.
         minutes: Mean wall time of training.
         device: Where the runs were trained.
+        proposal: What z was drawn from: ``"own"`` or ``"laplace"``, with the name of the guide's own where it
+            has one. Different ones are rows of their own and never averaged.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Row:
     khat_shares: tuple[float, ...]
     minutes: float
     device: str
+    proposal: str
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of :data:`HEADER`."""
@@ -107,9 +110,13 @@ def compare(paths: Sequence[str | Path]) -> dict[str, list[Row]]:
 
 
 def to_markdown(rows: Iterable[Row]) -> str:
-    """Write rows as a Markdown table."""
-    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row.cells())} |" for row in rows)])
+    """Write rows as a Markdown table, with a last column for the proposals where any is named."""
+    rows = list(rows)
+    named = any(row.proposal != "own" for row in rows)
+    header = (*HEADER, *["proposal"] * named)
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    lines += [f"| {' | '.join((*row.cells(), *[row.proposal] * named))} |" for row in rows]
+    return "\n".join(lines)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -164,4 +171,11 @@ def _row(records: list[dict[str, Any]]) -> Row:
         or (float("nan"),),
         minutes=statistics.fmean(record["minutes"] for record in records),
         device=first["device"],
+        proposal=_proposal(estimates[0]),
     )
+
+
+def _proposal(evaluation: dict[str, Any]) -> str:
+    """What z was drawn from; a guide without a name for its own has nothing to tell apart."""
+    drawn, name = evaluation["settings"]["proposal"], evaluation.get("proposal")
+    return drawn if name in (None, drawn) else f"{drawn} ({name})"

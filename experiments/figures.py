@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PANELS",
+    "densities",
     "draw_samples",
     "labelled_grid",
     "loss_curves",
@@ -37,6 +38,8 @@ PANELS = ("mean of p(x | z),  z ~ p(z)", "draw  x ~ p(x | z), same z")
 """What stands above the two panels of samples of a model without labels."""
 
 _LARGEST = 60.0  # inches: a picture of hundreds of labels is still one that can be opened
+# Data of a picture of reconstructions: images, or points, which only in numbers show where they lie.
+_IMAGES, _POINTS = 10, 300
 
 
 def loss_curves(metrics: Iterable[Mapping[str, Any]], path: Path, title: str = "") -> Path:
@@ -72,19 +75,23 @@ def loss_curves(metrics: Iterable[Mapping[str, Any]], path: Path, title: str = "
         return canvas.save(figure, path, title)
 
 
-def reconstructions(program: Program, split: Split, path: Path, title: str = "", num: int = 10) -> Path:
+def reconstructions(
+    program: Program, split: Split, path: Path, title: str = "", num: int | None = None
+) -> Path:
     """Draw data above the means of p(x | z), with z drawn from the guide.
 
-    A conditional program sees each datum's own label.
+    A conditional program sees each datum's own label. Other data than images stand beside their means, each
+    of which a line joins to its datum.
 
     Args:
         program: The trained program.
         split: Data to show, spread evenly over the split.
         path: PNG to write.
         title: Line above the panels.
-        num: Number of data.
+        num: Number of data, by default 10 images or 300 points.
     """
-    shown = split[_spread(len(split), num)]
+    images = len(split.protocol.x_shape) == 3
+    shown = split[_spread(len(split), num or (_IMAGES if images else _POINTS))]
     device = device_of(*program)
     x = shown.x.to(device)
     y = shown.y.to(device) if shown.y is not None and getattr(program.model, "conditional", False) else None
@@ -94,7 +101,10 @@ def reconstructions(program: Program, split: Split, path: Path, title: str = "",
         model = pyro.poutine.trace(pyro.poutine.replay(program.model, trace=guide))
         means = model.get_trace(*((x,) if y is None else (x, y))).nodes["x"]["fn"].mean
     panels = {"data": x, "reconstruction": means}
-    return _compare(panels, path, title, columns=len(x), bounds=value_range(split))
+    if images:
+        return _compare(panels, path, title, columns=len(x), bounds=value_range(split))
+    with canvas.look():
+        return canvas.save(_scatter({name: {"": each} for name, each in panels.items()}, x), path, title)
 
 
 def draw_samples(
@@ -176,6 +186,42 @@ def labelled_grid(
         return canvas.save(figure, path, title)
 
 
+def densities(targets: Tensor, before: Tensor, after: Tensor, path: Path, title: str = "") -> Path:
+    """Draw what an alignment is about: targets and log p(z) of the same data, before and after training.
+
+    Args:
+        targets: Log-density of the data less the constant, nats, shape ``(N,)``.
+        before: log p(z) at a draw of z before training, nats, shape ``(N,)``.
+        after: The same after training.
+        path: PNG to write.
+        title: Line above the panels.
+    """
+    columns = {"before": before.double(), "after": after.double()}
+    target = targets.double()
+    drawn = torch.cat([target, *columns.values()])
+    low, high = (float(drawn.quantile(q)) for q in (0.005, 0.995))
+    with canvas.look(grid=False):
+        figure = canvas.figure(9.0, 5.0)
+        for i, (when, log_p) in enumerate(columns.items()):
+            law, cloud = figure.add_subplot(2, 2, 1 + i), figure.add_subplot(2, 2, 3 + i)
+            bins: Any = {"bins": 60, "range": (low, high), "density": True}
+            law.hist(target.clamp(low, high).numpy(), **bins, color=canvas.BLUE, alpha=0.4, label="targets")
+            law.hist(
+                log_p.clamp(low, high).numpy(),
+                **bins,
+                color=canvas.ORANGE,
+                histtype="step",
+                linewidth=1.4,
+                label="log p(z)",
+            )
+            law.set(title=f"{when} training", xlabel="nats", yticks=[])
+            law.legend()
+            cloud.scatter(target.numpy(), log_p.numpy(), s=3, alpha=0.3, color=canvas.ORANGE, linewidths=0)
+            cloud.plot([low, high], [low, high], color=canvas.GREY, linewidth=0.8)
+            cloud.set(xlim=(low, high), ylim=(low, high), xlabel="target, nats", ylabel="log p(z), nats")
+        return canvas.save(figure, path, title)
+
+
 def value_range(split: Split) -> tuple[float, float]:
     """Return the values to show as black and as white; what lies outside is clipped.
 
@@ -212,7 +258,7 @@ def _spread(size: int, num: int) -> Tensor:
 def _compare(
     panels: Mapping[str, Tensor], path: Path, title: str, columns: int, bounds: tuple[float, float]
 ) -> Path:
-    """Draw panels of data: images as grids, anything else as the first two coordinates."""
+    """Draw panels of data: images as grids, anything else as points."""
     first = next(iter(panels.values()))
     with canvas.look(grid=first.ndim != 4):
         if first.ndim != 4:
@@ -232,19 +278,56 @@ def _compare(
         return canvas.save(figure, path, title)
 
 
-def _scatter(panels: Mapping[str, Mapping[str, Tensor]]) -> "Figure":
-    """Draw the first two coordinates, every label in a colour of its own; a legend if there are labels."""
+def _scatter(panels: Mapping[str, Mapping[str, Tensor]], origins: Tensor | None = None) -> "Figure":
+    """Draw points in the plane, in space where they have three coordinates, or the first two of more.
+
+    Args:
+        panels: Of each panel the points of every label, which has a colour of its own; a legend if there are
+            labels.
+        origins: Points to which lines lead from those of the last panel.
+    """
+    every = [_coordinates(x) for series in panels.values() for x in series.values()]
+    axes_of = every[0].shape[1]
+    space = axes_of == 3
     figure = canvas.figure(7.6, 3.9)
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    axes = figure.subplots(1, len(panels), subplot_kw={"projection": "3d"} if space else {}, squeeze=False)[0]
     for panel, (name, series) in zip(axes, panels.items(), strict=True):
+        if origins is not None and panel is axes[-1]:
+            for pair in np.stack((_coordinates(origins), every[-1]), -1):
+                panel.plot(*pair, color=canvas.GREY, linewidth=0.6, zorder=1)
         for i, (label, x) in enumerate(series.items()):
-            points = x.detach().float().cpu().numpy().reshape(len(x), -1)
-            across, up = points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
-            panel.scatter(across, up, s=6, alpha=0.6, linewidths=0, label=_plain(label), **canvas.series(i))
-        panel.set(title=name, xlabel="x₁", ylabel="x₂")
+            drawn = {"s": 6, "alpha": 0.6, "linewidths": 0, "label": _plain(label), **canvas.series(i)}
+            panel.scatter(*_coordinates(x).T, **drawn)
+        panel.set(xlabel="x₁", ylabel="x₂", **({"zlabel": "x₃"} if space else {}))
+        panel.set_title(name, loc="left")
+    _same_limits(axes, np.concatenate(every))
     if any(label for series in panels.values() for label in series):
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", markerscale=2)
     return figure
+
+
+def _coordinates(x: Tensor) -> Any:
+    """Coordinates to draw, ``(N, 2)`` or ``(N, 3)``; the second is zero where there is one alone."""
+    points = x.detach().float().cpu().numpy().reshape(len(x), -1)
+    if points.shape[1] == 1:
+        return np.concatenate((points, np.zeros_like(points)), 1)
+    return points if points.shape[1] == 3 else points[:, :2]
+
+
+def _same_limits(axes: Any, points: Any) -> None:
+    """Give panels the same axes, which hold all points."""
+    low, high = points.min(0), points.max(0)
+    margin = 0.05 * np.maximum(high - low, 1e-6)
+    for panel in axes:
+        for name, *ends in zip("xyz", low - margin, high + margin, strict=False):
+            getattr(panel, f"set_{name}lim")(*ends)
+        if hasattr(panel, "set_zlim"):
+            panel.view_init(elev=22, azim=-68)
+            panel.set_box_aspect(None, zoom=0.92)
+            panel.zaxis.labelpad = -3.0  # further out it would lie outside
+            panel.patch.set_visible(False)
+            for axis in (panel.xaxis, panel.yaxis, panel.zaxis):
+                axis.pane.set(facecolor="white", edgecolor=canvas.LINE)
 
 
 def _label_rows(panels: Mapping[str, Mapping[str, Tensor]], bounds: tuple[float, float]) -> "Figure":

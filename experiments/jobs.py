@@ -1,24 +1,29 @@
 """What the command does to a run folder: train, evaluate, sample."""
 
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from pvae.data import Data, Split
 from pvae.evaluation import LikelihoodEstimate, log_likelihood
+from pvae.guides import FiveGuide, laplace_proposal
 from pvae.inference import Run, fit
 
 from . import figures, sampling
+from .aligning import begin as begin_alignment
+from .monitors import jacobian_curves, jacobian_monitor
 from .notes import notes
 from .program import Program, SpecError
 from .runs import OpenRun, RunFolder, environment
 from .spec import Evaluate, Spec
 from .stages import pretrain
 
-__all__ = ["SMALL_PASS", "Trained", "evaluate", "sample", "train", "use_threads"]
+__all__ = ["SMALL_PASS", "Trained", "better_bound", "evaluate", "sample", "train", "use_threads"]
 
 SMALL_PASS = 2**26
 """Multiplications of weights below which :func:`use_threads` chooses one thread; a few milliseconds."""
@@ -32,14 +37,14 @@ class Trained(NamedTuple):
         run: What :func:`pvae.fit` returned.
         pictures: PNG files.
         notes: What may surprise, one sentence each.
-        estimate: Held-out likelihood, if the spec asks for it after training.
+        estimates: Held-out likelihood under each proposal, if the spec asks for it after training.
     """
 
     folder: RunFolder
     run: Run
     pictures: list[Path]
     notes: list[str]
-    estimate: LikelihoodEstimate | None
+    estimates: tuple[LikelihoodEstimate, ...]
 
 
 def train(
@@ -79,6 +84,7 @@ def train(
     use_threads(program, spec, threads)
     if spec.evaluate.after_training:
         _part(data, spec.evaluate)
+        _proposals(program, spec.evaluate, prior_scale=1.0)  # a prior may not be fitted before training
     folder = RunFolder(out)
     folder.prepare(spec, resume=resume, force=force)
     spent = folder.read_manifest().get("seconds", 0.0) if resume else 0.0
@@ -93,18 +99,26 @@ def train(
     status = "failed"
     try:
         said = _first_stage(spec, program, data, folder, device, progress)
+        monitor = jacobian_monitor(program, data)
+        alignment = begin_alignment(spec, program, data, folder, device, progress)
+        model, guide = program if alignment is None else alignment.pair
         run = fit(
-            *program,
+            model,
+            guide,
             data,
             **spec.fit.arguments(),
             device=device,
             out=folder.path,
             resume=resume,
+            callbacks=[] if monitor is None else [monitor],
             progress=progress,
         )
         status = run.stopped
     except KeyboardInterrupt:
         status = "interrupted"
+        raise
+    except SpecError:
+        folder.discard_unless_trained()
         raise
     except ValueError as error:
         folder.discard_unless_trained()
@@ -113,46 +127,81 @@ def train(
         if folder.spec.is_file():
             folder.update_manifest(status=status, seconds=round(spent + time.monotonic() - start, 3))
     folder.update_manifest(steps=run.steps, **_measured(program))
+    if monitor is not None and monitor.report is not None:
+        folder.update_manifest(jacobian=monitor.report.to_dict())
+        said = [*said, *monitor.problems]
     pictures = _pictures(spec, folder, program, data)
+    if alignment is not None:
+        folder.update_manifest(alignment=alignment.summary())
+        said = [*said, *alignment.notes()]
+        pictures.append(alignment.picture(_title(spec)))
     opened = OpenRun(folder, spec, data, *program)
-    estimate = evaluate(opened, spec.evaluate, progress=progress) if spec.evaluate.after_training else None
-    return Trained(folder, run, pictures, [*notes(spec, program, data), *said], estimate)
+    estimates = evaluate(opened, spec.evaluate, progress=progress) if spec.evaluate.after_training else ()
+    return Trained(folder, run, pictures, [*notes(spec, program, data), *said], estimates)
 
 
 def evaluate(
     run: OpenRun, settings: Evaluate, *, batch_size: int | None = None, progress: bool | None = None
-) -> LikelihoodEstimate:
+) -> tuple[LikelihoodEstimate, ...]:
     """Estimate the held-out log-likelihood of a run and keep it in ``evaluation.json``.
 
     Args:
         run: The run.
-        settings: Split, number of data and particles, seed. A limit takes data spread evenly over the
-            split, since some test sets are sorted by class.
+        settings: Split, number of data and particles, seed, proposal. A limit takes data spread evenly over
+            the split, since some test sets are sorted by class.
         batch_size: Data per pass of the decoder; affects time and memory alone.
         progress: Whether to show a bar; by default on a terminal only.
 
+    Returns:
+        One estimate for each proposal, the guide's own first; each is a record of its own in the file.
+
     Raises:
+        SpecError: If the program has no such proposal.
         pvae.data.MissingPart: If the data have no such split.
     """
-    start = time.monotonic()
-    estimate = log_likelihood(
-        run.model,
-        run.guide,
-        _part(run.data, settings),
-        num_particles=settings.num_particles,
-        batch_size=batch_size,
-        seed=settings.seed,
-        progress=progress,
-    )
-    run.folder.add_evaluation(
-        {
-            "settings": settings.model_dump(exclude={"after_training"}),
-            "text": str(estimate),
-            "seconds": round(time.monotonic() - start, 3),
-            **estimate.to_dict(),
-        }
-    )
-    return estimate
+    split, estimates = _part(run.data, settings), []
+    for name, proposal in _proposals(run.program, settings).items():
+        start = time.monotonic()
+        estimate = log_likelihood(
+            run.model,
+            proposal,
+            split,
+            num_particles=settings.num_particles,
+            batch_size=batch_size,
+            seed=settings.seed,
+            progress=progress,
+        )
+        run.folder.add_evaluation(
+            {
+                "settings": settings.model_dump(exclude={"after_training"}) | {"proposal": name},
+                "text": str(estimate),
+                "seconds": round(time.monotonic() - start, 3),
+                **estimate.to_dict(),
+            }
+        )
+        estimates.append(estimate)
+    return tuple(estimates)
+
+
+def better_bound(own: LikelihoodEstimate, laplace: LikelihoodEstimate) -> str:
+    """Say which of two estimates of one model on the same data is the better bound, in one sentence.
+
+    Both means are lower bounds on the same mean log p(x) up to their Monte-Carlo errors, so the larger one is
+    nearer to it.
+
+    Args:
+        own: Under the guide's own proposal.
+        laplace: Under the Laplace proposal.
+    """
+    gap = laplace.mean - own.mean
+    error = math.hypot(own.monte_carlo_error, laplace.monte_carlo_error)
+    said = "both are lower bounds on the same log p(x)"
+    if abs(gap) <= 2 * error:
+        return (
+            f"{said} and agree: they differ by {abs(gap):.2f} nats, with a Monte-Carlo error of {error:.2f}"
+        )
+    name = "Laplace" if gap > 0 else "guide's own"
+    return f"{said}: the one under the {name} proposal is better, by {abs(gap):.2f} nats"
 
 
 def use_threads(program: Program, spec: Spec, threads: int | None = None) -> None:
@@ -181,7 +230,8 @@ def sample(run: OpenRun, wanted: sampling.Wanted | None = None, out: Path | None
 
     Args:
         run: The run.
-        wanted: What to draw, 64 samples if absent; those of a conditional model have labels of held-out rows.
+        wanted: What to draw, 64 images or 500 points if absent; those of a conditional model have labels of
+            held-out rows.
         out: PNG file, by default one in the ``figures`` of the run that is named after what was asked for.
 
     Raises:
@@ -227,6 +277,22 @@ def _measured(program: Program) -> dict[str, Any]:
     return {"sigma": likelihood.sigma.tolist()} if getattr(likelihood, "profiled", False) else {}
 
 
+def _proposals(
+    program: Program, settings: Evaluate, prior_scale: float | None = None
+) -> dict[str, nn.Module]:
+    """The programs to draw from, by name."""
+    wanted = settings.proposal
+    if wanted == "auto":
+        wanted = "both" if hasattr(program.guide, "proposal") else "own"
+    found = {} if wanted == "laplace" else {"own": program.guide}
+    if wanted != "own":
+        try:
+            found["laplace"] = laplace_proposal(*program, prior_scale)
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"[evaluate] proposal = '{settings.proposal}': {error}") from error
+    return found
+
+
 def _part(data: Data, settings: Evaluate) -> Split:
     split: Split = getattr(data, settings.split)
     if settings.limit is None or settings.limit >= len(split):
@@ -243,6 +309,9 @@ def _pictures(spec: Spec, folder: RunFolder, program: Program, data: Data) -> li
     metrics = figures.read_metrics(folder.metrics)
     if any("loss" in row for row in metrics):
         drawn.insert(0, figures.loss_curves(metrics, folder.figures / "losses.png", title))
+    if isinstance(program.guide, FiveGuide) and any("five/health" in row for row in metrics):
+        path, z_dim = folder.figures / "jacobian.png", program.guide.z_dim
+        drawn.insert(1, jacobian_curves(metrics, path, title, z_dim=z_dim))
     return drawn
 
 

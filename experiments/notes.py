@@ -32,6 +32,13 @@ def notes(spec: Spec, program: Program, data: Data) -> list[str]:
         found.append(f"prior.kl = '{kl}' enters the objective 'mean_field' alone, not '{objective}'")
     if spec.prior.kind == "vamp" and spec.posterior.kind != "normal":
         found.append("the vamp prior mixes the encoder's diagonal Gaussians, not this posterior itself")
+    if spec.posterior.kind in ("five", "laplace"):
+        if spec.likelihood.kind == "bernoulli":
+            found.append(
+                "the noise of the posterior is that of bits at f(x): an approximation, not the paper's"
+            )
+        if settings["beta_warmup"] or settings["free_bits"]:
+            found.append("the covariance of the posterior supposes that log q(z | x) has the weight one")
     if data.protocol.values == "unit" and spec.likelihood.kind in ("normal", "continuous_bernoulli"):
         found.append("log p(x) is a density on [0, 1], not comparable with the mass of grey levels")
     if data.protocol.values == "count" and spec.likelihood.kind == "normal":

@@ -404,8 +404,8 @@ register(
     "five",
     FiveGuide,
     about="full covariance implied by the encoder's Jacobian (FIVE)",
-    symbols="q(z | x) = N(z; f(x), σ² f′(x) f′(x)ᵀ),  f the encoder's location, σ the likelihood's\n"
-    "trained by a surrogate of log q with probes u: the loss is no bound in value; scored exactly",
+    symbols="q(z | x) = N(z; f(x), σ² f′(x) f′(x)ᵀ)\n"
+    "f the encoder's location, σ the likelihood's, g the decoder's mean of x",
 )
 register(
     "posterior",

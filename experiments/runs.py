@@ -68,6 +68,16 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def diagnosis(self) -> Path:
+        """A list of diagnoses, the newest last."""
+        return self.path / "diagnosis.json"
+
+    @property
+    def density(self) -> Path:
+        """Log-density of the training data, for a run that is aligned with one."""
+        return self.path / "density.safetensors"
+
+    @property
     def figures(self) -> Path:
         """Pictures."""
         return self.path / "figures"
@@ -126,7 +136,21 @@ class RunFolder:
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Read the estimates; none if the run was never evaluated."""
-        return _read_json(self.evaluation) if self.evaluation.is_file() else []
+        records = _read_json(self.evaluation) if self.evaluation.is_file() else []
+        for record in records:
+            # Before there was a choice, every estimate drew from the guide.
+            record["settings"].setdefault("proposal", "own")
+        return records
+
+    def add_diagnosis(self, record: dict[str, Any]) -> None:
+        """Append a diagnosis; an earlier one with the same settings gives way."""
+        records = self.read_diagnoses()
+        kept = [other for other in records if other["settings"] != record["settings"]]
+        write_atomically(self.diagnosis, (json.dumps([*kept, record]) + "\n").encode())
+
+    def read_diagnoses(self) -> list[dict[str, Any]]:
+        """Read the diagnoses; none if the run was never diagnosed."""
+        return _read_json(self.diagnosis) if self.diagnosis.is_file() else []
 
     def _check_same(self, spec: Spec) -> None:
         """Refuse to go on with other parts or other data; length and evaluation may change."""
@@ -137,7 +161,7 @@ class RunFolder:
             if table in ("description", "evaluate"):
                 continue
             old, new = before[table], now[table]
-            if not isinstance(old, dict):
+            if not (isinstance(old, dict) and isinstance(new, dict)):
                 old, new = {"": old}, {"": new}
             for key in {**old, **new}:
                 if old.get(key) != new.get(key) and (table, key) not in (("fit", "epochs"), ("fit", "steps")):
@@ -151,7 +175,7 @@ class RunFolder:
         """Delete what a run writes, and nothing else."""
         for path in (self.checkpoints, self.figures, self.autoencoder):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.spec, self.manifest, self.metrics, self.evaluation):
+        for path in (self.spec, self.manifest, self.metrics, self.evaluation, self.diagnosis, self.density):
             path.unlink(missing_ok=True)
 
 

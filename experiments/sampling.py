@@ -37,7 +37,8 @@ RARE = 0.005
 """Share of the training data below which a pair of attribute values is rare."""
 
 _MOST_RARE = 8
-_IN_ALL, _IN_A_ROW = 64, 8
+# Draws in all and in a row of a picture: of images, and of points, which only in numbers show where they lie.
+_IMAGES, _POINTS = (64, 8), (500, 100)
 _CHOICES = {"sampling": ("exact", "paper"), "scale_mode": ("within", "global")}
 
 
@@ -46,7 +47,7 @@ class Wanted:
     """What was asked for; ``None`` and empty where nothing was.
 
     Attributes:
-        num: Number of draws, of each row where there are rows.
+        num: Number of draws, of each row where there are rows; by default more points than images.
         seed: Seed of the draws and of the choice of held-out labels.
         labels: Classes, such as ``"0..9"`` or ``"cat,dog"``.
         attributes: Combinations, such as ``"bordered=1,dotted=1"``, or ``"rare"``.
@@ -141,7 +142,8 @@ def plan(run: OpenRun, wanted: Wanted) -> Plan:
         _need_labels(run, name)
     options = _options(run, wanted)
 
-    num = (_IN_A_ROW if chosen else _IN_ALL) if wanted.num is None else wanted.num
+    in_all, in_a_row = _IMAGES if len(run.data.x_shape) == 3 else _POINTS
+    num = wanted.num or (in_a_row if chosen else in_all)
     if wanted.labels is not None:
         rows = _class_rows(run.data, wanted.labels, num)
     elif wanted.attributes:

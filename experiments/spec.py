@@ -21,7 +21,7 @@ from .program import Program, SpecError, build
 from .registry import PARTS, TABLES, Keys, Part, PartKeys, keys_of, nearest, none_word
 from .sentences import sentence
 
-__all__ = ["AutoencoderKeys", "Evaluate", "Spec", "load_spec", "parse", "recipes"]
+__all__ = ["AlignKeys", "AutoencoderKeys", "Evaluate", "Spec", "load_spec", "parse", "recipes"]
 
 _FIT_OMIT = ("model", "guide", "data", "device", "out", "resume", "callbacks", "progress")
 _DATA_OMIT = ("root", "download")
@@ -52,6 +52,10 @@ class Evaluate(Keys):
         limit: At most so many data, ``"none"`` for all.
         num_particles: Importance samples for each datum.
         seed: Seed of the importance samples.
+        proposal: What z is drawn from: ``"own"``: the guide. ``"laplace"``: Laplace's normal around the
+            location of the guide's encoder (:func:`pvae.guides.laplace_proposal`). ``"both"``: one estimate
+            for each. ``"auto"``: both for a guide whose covariance an encoder's Jacobian implies, which can
+            be too narrow a proposal, else the guide.
         after_training: Whether ``pvae train`` ends with it.
     """
 
@@ -59,6 +63,7 @@ class Evaluate(Keys):
     limit: Annotated[Positive | None, BeforeValidator(none_word)] = None
     num_particles: Positive = 1000
     seed: Annotated[int, Field(strict=True)] = 0
+    proposal: Literal["auto", "own", "laplace", "both"] = "auto"
     after_training: Annotated[bool, Field(strict=True)] = True
 
 
@@ -85,6 +90,67 @@ class AutoencoderKeys(Keys):
     noise: Annotated[float, Field(ge=0, strict=True)] = 0.0
 
 
+class AlignKeys(Keys):
+    """Alignment of log p(z) with a log-density of the training data (arXiv:2512.03928v1).
+
+    Attributes:
+        kind: ``"direct"`` or ``"flow"``, see :func:`pvae.alignment.align`.
+        preset: ``"paper"`` or ``"released"`` for the paper's settings or those of its code where none are
+            given, ``"none"`` for ours.
+        estimator: Of the log-density: ``"pak"``, ``"kstar"``, ``"kde"`` (:mod:`pvae.density`), or ``"exact"``
+            for synthetic data, whose density is known.
+        projection: Of the data, before that: ``"pca"``, ``"random"`` or ``"identity"``.
+        dim: Width of the projection.
+        max_neighbors: Largest neighbourhood of ``"pak"`` and ``"kstar"``, ``"none"`` for theirs, 199.
+        unit: Whether their densities are per volume of the intrinsic dimension, ``"twonn"``, or of ``dim``,
+            ``"embedding"``.
+        offset, weight, normalize, num_samples, delta, reduction, floor, clip, detach: Arguments of
+            :func:`pvae.alignment.align`; ``"preset"`` (``"none"`` of ``normalize``) leaves one to the preset.
+        average: Its argument ``estimator``: ``"sample"``, ``"mean"``, ``"multi"`` or ``"preset"``.
+        gamma: Weight of the alignment.
+        warmup: Share of the training over which the weight rises to it, 0 for none.
+        flow_layers, flow_hidden: Couplings of the flow, and the width of their networks.
+        flow_lr, pretrain_steps: How it is trained.
+    """
+
+    kind: Literal["direct", "flow"] = "direct"
+    preset: Annotated[Literal["paper", "released"] | None, BeforeValidator(none_word)] = None
+    estimator: Literal["pak", "kstar", "kde", "exact"] = "pak"
+    projection: Literal["pca", "random", "identity"] = "pca"
+    dim: Positive = 10
+    max_neighbors: Annotated[Positive | None, BeforeValidator(none_word)] = None
+    unit: Literal["twonn", "embedding"] = "twonn"
+    offset: Literal["preset", "auto", "none", "entropy", "learn"] | Annotated[float, Field(strict=True)] = (
+        "preset"
+    )
+    weight: Literal["preset", "precision", "inverse", "none"] = "preset"
+    normalize: Annotated[bool | None, BeforeValidator(none_word)] = None
+    average: Literal["preset", "sample", "mean", "multi"] = "preset"
+    num_samples: Positive = 16
+    delta: Annotated[float, Field(gt=0, strict=True)] = 1.0
+    reduction: Literal["preset", "mean", "rms"] = "preset"
+    gamma: Annotated[float, Field(ge=0, strict=True)] = 1.0
+    warmup: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
+    floor: Annotated[float, Field(ge=0, strict=True)] = 0.0
+    clip: Annotated[float | None, BeforeValidator(none_word)] = None
+    detach: Annotated[Literal["guide", "prior"] | None, BeforeValidator(none_word)] = None
+    flow_layers: Positive = 8
+    flow_hidden: Positive = 128
+    flow_lr: Annotated[float, Field(gt=0, strict=True)] = 1e-3
+    pretrain_steps: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    def of_align(self) -> dict[str, Any]:
+        """The keys that are arguments of :func:`pvae.alignment.align` as they are."""
+        chosen: dict[str, Any] = {"estimator": self.average}
+        chosen |= {name: getattr(self, name) for name in ("offset", "weight", "reduction")}
+        rest = ("preset", "normalize", "num_samples", "delta", "floor", "clip", "detach")
+        arguments = {name: None if value == "preset" else value for name, value in chosen.items()}
+        arguments |= {name: getattr(self, name) for name in rest}
+        if self.kind == "flow":
+            arguments |= {"flow_lr": self.flow_lr, "pretrain_steps": self.pretrain_steps}
+        return arguments
+
+
 class Spec(BaseModel):
     """A checked spec; :func:`load_spec` makes one.
 
@@ -94,6 +160,7 @@ class Spec(BaseModel):
         data: Table of the data set.
         model, prior, posterior, encoder, decoder, likelihood: Tables of the parts, with their ``kind``.
         autoencoder: The first stage of a model that has one, ``None`` for any other.
+        align: The alignment of log p(z) with a density of the data, ``None`` for none.
         fit: Arguments of :func:`pvae.fit`.
         evaluate: How the trained program is judged.
     """
@@ -110,6 +177,7 @@ class Spec(BaseModel):
     decoder: PartKeys
     likelihood: PartKeys
     autoencoder: AutoencoderKeys | None = None
+    align: Annotated[AlignKeys | None, BeforeValidator(none_word)] = None
     fit: Keys
     evaluate: Evaluate = Evaluate()
 
@@ -250,7 +318,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     if not equals or not all(names) or len(names) > 2:
         raise SpecError(f"an override must read key=value, such as fit.epochs=5, got '{override}'")
     value = _value(override, right.strip())
-    if len(names) == 1 and names[0] in TABLES:
+    if len(names) == 1 and (names[0] in TABLES or (names == ["align"] and value != "none")):
         names.append("kind")
     elif names == ["data"]:
         names.append("name")

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from pvae.data import Split
-from pvae.evaluation import log_likelihood
+from pvae.evaluation import bits_per_dimension, log_likelihood
 from pvae.inference.isolation import device_of, evaluating
 from pvae.inference.program import SiteRecorder, particle_plate
 
 from ..program import Program
 from .study import Metrics, plain
 
-__all__ = ["Posterior", "bits", "likelihood", "posterior", "reconstructions", "sigma_of"]
+__all__ = ["Posterior", "likelihood", "posterior", "reconstructions", "sigma_of"]
 
 _ROWS = 500  # data in one pass
 
@@ -48,22 +48,13 @@ def likelihood(program: Program, split: Split, levels: int, num_particles: int, 
     return {
         "elbo": plain(estimate.elbo),
         "iwae": plain(estimate.mean),
-        "elbo_bits": plain(bits(estimate.elbo, size, levels)),
-        "iwae_bits": plain(bits(estimate.mean, size, levels)),
+        "elbo_bits": plain(bits_per_dimension(estimate.elbo, size, levels)),
+        "iwae_bits": plain(bits_per_dimension(estimate.mean, size, levels)),
         "iwae_error": plain(estimate.standard_error),
+        "elbo_error": plain(estimate.elbo_values.std() / math.sqrt(len(estimate.elbo_values))),
+        "particle_error": plain(estimate.monte_carlo_error),
         "khat_share": plain(estimate.khat_share),
     }
-
-
-def bits(log_prob: float, size: int, levels: int) -> float:
-    """Turn a log-density on [0, 1] into bits per dimension of the grey levels.
-
-    Args:
-        log_prob: Of dequantised data, (k + u) / levels, nats per datum.
-        size: Number of entries of a datum.
-        levels: Number of grey levels.
-    """
-    return -log_prob / (size * math.log(2)) + math.log2(levels)
 
 
 def posterior(program: Program, split: Split, num_draws: int, seed: int) -> Posterior:
@@ -109,7 +100,7 @@ def reconstructions(program: Program, split: Split) -> Tensor:
 
 def sigma_of(program: Program) -> float:
     """Return sigma of a normal likelihood, as every evaluation uses it."""
-    return float(program.model.likelihood.sigma)  # type: ignore[arg-type, union-attr]
+    return float(program.model.likelihood.sigma.detach())  # type: ignore[union-attr, operator]
 
 
 def _arguments(program: Program, x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:

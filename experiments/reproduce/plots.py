@@ -1,15 +1,16 @@
 """Figures of a study, from its records alone."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pvae import canvas
 
 from .ledger import Record
-from .tables import Column, configurations, interval
+from .tables import Column, OverSeeds, configurations, interval
 
-__all__ = ["curves", "dots"]
+__all__ = ["Trend", "curves", "dots", "trends"]
 
 _BASELINE = {"linewidth": 5, "alpha": 0.4, "markersize": 9}
 
@@ -91,4 +92,70 @@ def curves(
             axes.plot(*point[1:], "*", color=canvas.INK, markersize=11, label=point[0])
         axes.set(xlabel=across, ylabel=up, yscale="log")
         axes.legend()
+        return canvas.save(figure, path, title)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A line through means over seeds.
+
+    Attributes:
+        name: What it is; lines of one name have one colour in all panels.
+        points: First coordinate, and the mean with its interval.
+    """
+
+    name: str
+    points: Sequence[tuple[float, OverSeeds]]
+
+
+def trends(
+    panels: Mapping[str, Sequence[Trend]],
+    path: Path,
+    title: str = "",
+    *,
+    across: str,
+    ticks: Sequence[float] = (),
+) -> Path:
+    """Draw panels beside one another: lines with the intervals of their points.
+
+    Args:
+        panels: Lines of each panel by its title; points without a value are left out.
+        path: PNG to write.
+        title: Line above the panels.
+        across: What the first coordinate is, positive.
+        ticks: Marks of the first axis, which is then logarithmic; by default it is linear and begins at zero.
+    """
+    names = list(dict.fromkeys(trend.name for lines in panels.values() for trend in lines if trend.points))
+    with canvas.look():
+        figure = canvas.figure(0.6 + 3.3 * len(panels), 3.6)
+        drawn: dict[str, Any] = {}
+        for axes, (heading, lines) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            for trend in lines:
+                known = [(x, value) for x, value in trend.points if value.n]
+                if not known:
+                    continue
+                halves = [value.half if value.n > 1 else 0.0 for _, value in known]
+                drawn[trend.name] = axes.errorbar(
+                    [x for x, _ in known],
+                    [value.mean for _, value in known],
+                    yerr=halves,
+                    linewidth=1.2,
+                    markersize=4,
+                    capsize=2,
+                    **canvas.series(names.index(trend.name)),
+                )
+            axes.set_xlabel(across)
+            axes.set_title(heading)
+            if not ticks:
+                axes.set_xlim(left=0)
+            else:
+                axes.set_xscale("log")
+                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axes.set_xticks([], minor=True)
+        shown = [name for name in names if name in drawn]
+        if shown:
+            legend = [drawn[name] for name in shown]
+            figure.legend(legend, shown, loc="outside lower center", ncols=min(len(shown), 2 * len(panels)))
         return canvas.save(figure, path, title)

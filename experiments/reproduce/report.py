@@ -38,7 +38,8 @@ def report(study: Study, out: Path) -> list[Path]:
     # In the study's own order, whatever the order in which they were finished.
     order = {cell.name: i for scale in study.scales.values() for i, cell in enumerate(study.cells(scale))}
     records.sort(key=lambda record: (order.get(record.cell, len(order)), record.cell))
-    lines, figures = [f"# {study.name}", "", f"{study.about}. {_READING}"], []
+    reading = _READING + (_FRECHET if any(record.settings.get("num_images") for record in records) else "")
+    lines, figures = [f"# {study.name}", "", f"{study.about}. {reading}"], []
     for same, group in by_protocol(records).items():
         lines += ["", f"## {same}"]
         for table in study.tables(group):
@@ -55,9 +56,10 @@ def report(study: Study, out: Path) -> list[Path]:
 
 _READING = (
     "Mean over seeds ± half of its 95 % interval (Student's t); a single seed has no interval. "
-    "Log-likelihoods and rates are in nats per datum, Fréchet distances in the features of a classifier "
-    "trained here, which are no FID. Where many k-hats are high, more particles would raise IWAE."
+    "Log-likelihoods and rates are in nats per datum. Where many k-hats are high, more particles would raise "
+    "IWAE."
 )
+_FRECHET = " Fréchet distances are in the features of a classifier trained here, which are no FID."
 
 
 def _footer(records: Sequence[Record]) -> list[str]:

@@ -107,9 +107,13 @@ class Cell:
         return load_spec(self.recipe, [*self.overrides, f"fit.seed={self.seed}"])
 
     def key(self, settings: Mapping[str, int]) -> str:
-        """Twelve hexadecimal digits that change with all that the cell's numbers depend on but code."""
-        spec = self.spec().model_dump(mode="json")
-        spec.pop("description")
+        """Twelve hexadecimal digits that change with all that the cell's numbers depend on but code.
+
+        Keys at their defaults are left out, so that a ledger outlives new ones.
+        """
+        spec = self.spec().model_dump(mode="json", exclude_defaults=True)
+        for table in ("description", "evaluate"):  # a study measures by itself
+            spec.pop(table, None)
         text = json.dumps([dict(self.factors), self.seed, spec, dict(settings)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

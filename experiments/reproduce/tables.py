@@ -55,8 +55,10 @@ class OverSeeds:
             return "–"  # noqa: RUF001  (a dash for no number)
         if math.isnan(self.half):
             return f"{self.mean:.4g}"
+        if self.half == 0:
+            return f"{self.mean:.4g} ± 0"
         # Two digits of the half width, and the mean to the same place.
-        places = 4 if self.half == 0 else min(max(1 - math.floor(math.log10(self.half)), 0), 6)
+        places = min(max(1 - math.floor(math.log10(self.half)), 0), 6)
         return f"{self.mean:.{places}f} ± {self.half:.{places}f}"
 
 
@@ -95,7 +97,9 @@ def by_protocol(records: Iterable[Record]) -> dict[Comparable, list[Record]]:
     """Put records together that may share a table."""
     groups: dict[Comparable, list[Record]] = {}
     for record in records:
-        sizes = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in record.settings.items())
+        # A study that measures nothing of a kind has zero of it.
+        used = {key: value for key, value in record.settings.items() if value}
+        sizes = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in used.items())
         same = Comparable(record.protocol["name"], record.protocol["hash"], sizes)
         groups.setdefault(same, []).append(record)
     return groups

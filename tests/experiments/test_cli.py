@@ -189,7 +189,7 @@ def test_evaluate(copy: Path) -> None:
     assert re.match(r"valid +log p\(x\) >= .*IWAE-40 on 7 data", result.stdout)
     assert result.stderr == ""
     settings = json.loads((copy / "evaluation.json").read_text())[-1]["settings"]
-    assert settings == {"split": "valid", "limit": 7, "num_particles": 40, "seed": 3}
+    assert settings == {"split": "valid", "limit": 7, "num_particles": 40, "seed": 3, "proposal": "own"}
 
 
 def test_evaluate_json_and_batch_size(copy: Path) -> None:

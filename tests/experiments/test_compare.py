@@ -60,7 +60,7 @@ def test_seeds_share_a_row_and_protocols_a_table(runs: Path) -> None:
 def test_densities_given_y_have_a_table_of_their_own(runs: Path, tmp_path: Path) -> None:
     changes = ["model=conditional", "encoder.label_dim=4", "decoder.label_dim=4", "posterior=normal"]
     trained = train(load_spec("vae", [*SMALL, *changes]), tmp_path / "given-0", progress=False)
-    assert str(trained.estimate).startswith("log p(x | y) >= ")
+    assert str(trained.estimates[0]).startswith("log p(x | y) >= ")
     tables = compare([runs / "a-0", tmp_path / "given-0"])
     plain, given = sorted(tables, key=len)
     assert given == f"{plain}, given y"

@@ -8,7 +8,7 @@ import pytest
 from pvae.experiments import Spec
 from pvae.experiments.explain import explain, num_parameters, objective
 from pvae.experiments.registry import PARTS
-from pvae.experiments.spec import parse
+from pvae.experiments.spec import load_spec, parse
 
 SMALL = ["z_dim=3", "encoder.hidden=[5]", "decoder.hidden=[4]"]
 
@@ -19,7 +19,10 @@ def _spec(*overrides: str) -> Spec:
 
 def _lines(spec: Spec) -> dict[str, str]:
     """What stands behind each heading."""
-    text = explain(spec, spec.load_data())
+    return _lines_of(explain(spec, spec.load_data()))
+
+
+def _lines_of(text: str) -> dict[str, str]:
     rows = (re.fullmatch(r"([a-z]+(?: by)?) {2,}(.+)", line) for line in text.splitlines())
     return {row[1]: row[2] for row in rows if row}
 
@@ -79,6 +82,155 @@ def test_an_x_vae_says_its_first_stage() -> None:
     text = explain(_spec("model=x_vae", "prior=codes", "autoencoder.code_l2=0.1"), None)
     assert "first stage minimise  −log p(x | z = a(x)) + 0.1 ‖a(x)‖²,  20 epochs at 0.001" in text
     assert "first stage" not in explain(_spec(), None)
+
+
+def _five(*overrides: str) -> dict[str, str]:
+    """What is said of FIVE; lines without a heading stand behind the one before, after a bar."""
+    spec = _spec(
+        "data.binarize=none", "data.dequantize=true", "likelihood=normal", "posterior=five", *overrides
+    )
+    text = explain(spec, spec.load_data())
+    return _lines_of(re.sub(r"\n {12}", " | ", text))
+
+
+def test_five_says_what_its_loss_is() -> None:
+    lines = _five()
+    assert lines["guide"].startswith(
+        "q(z | x) = N(z; f(x), σ² f′(x) f′(x)ᵀ)  (objective five, logdet surrogate"
+    )
+    assert lines["guide"].endswith(
+        " | f the encoder's location, σ the likelihood's, g the decoder's mean of x"
+    )
+    assert lines["encoder"].startswith("f: [0, 1]^(1×8×8) → ℝ³, fully connected")
+    assert lines["objective"].startswith(
+        "maximise  E_q [log p(x | z) + log p(z) − log q(z | x)],  1 draw of z"
+    )
+    assert lines["loss"] == (
+        "a surrogate of minus this bound: below it on average, its gradient off by about the posterior "
+        "variance; validation is exact | ∂ ½ log det(f′ f′ᵀ) ≈ E ∂ uᵀ f′(x) SG[g′(f(x)) u],  "
+        "u uniform on the sphere of radius √3, 1 probe,  SG held constant"
+    )
+    assert lines["judged by"].startswith("log p(x) ≥ E log 1/K Σₖ p(x, zₖ) / r(zₖ | x),  K = 1,000")
+    assert " | r = q, and r = N(f(x), Σ),  Σ⁻¹ = diag τ⁻² + g′(f(x))ᵀ g′(f(x)) / σ²" in lines["judged by"]
+    # 64-5-3 and 3-4-64, with biases: the encoder's scales are not trained.
+    assert lines["parameters"] == "decoder 336, encoder 343, in all 679"
+    assert "loss" not in _lines(_spec())
+    assert "cost" not in _lines(_spec())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "loss", "stands"),
+    [
+        (
+            ["posterior.probe=data"],
+            "a surrogate of minus this bound: below",
+            "≈ E ∂ SG[g′(f(x))ᵀ v]ᵀ f′(x) v",
+        ),
+        (
+            ["posterior.logdet=pinv", "posterior.num_probes=2"],
+            "minus this bound, in value and, without",
+            "2 probes",
+        ),
+        (
+            ["posterior.logdet=pinv"],
+            "minus this bound, in value and, without bias",
+            "= E ∂ uᵀ f′(x) SG[f′(x)⁺ u]",
+        ),
+        (["posterior.directions=rademacher"], "a surrogate of minus this bound", "u of entries ±1, 1 probe"),
+        (["posterior.logdet=exact"], "minus this bound, log det by the full Jacobian in every step", ""),
+        (
+            ["posterior.objective=fif"],
+            "a surrogate of minus this, no bound on log p(x): another value",
+            "≈ E ∂ uᵀ",
+        ),
+        (
+            ["posterior.objective=fif", "posterior.logdet=exact"],
+            "minus this, no bound on log p(x), log det",
+            "",
+        ),
+        (
+            ["posterior.objective=fif", "posterior.logdet=pinv"],
+            "minus this, no bound on log p(x), with another",
+            "=",
+        ),
+        (["fit.objective=iwae", "fit.num_particles=2"], "minus this bound, with the exact log q", ""),
+    ],
+)
+def test_the_loss_of_five_follows_its_options(overrides: list[str], loss: str, stands: str) -> None:
+    said, _, how = _five(*overrides)["loss"].partition(" | ")
+    assert said.startswith(loss)
+    assert stands in how
+    assert bool(stands) == bool(how)
+
+
+def test_the_free_form_loss_is_no_expectation() -> None:
+    lines = _five("posterior.objective=fif", "fit.beta_warmup=2")
+    assert lines["objective"].startswith(
+        "maximise  log p(x | z) + β (log p(z) + ½ log det(2π σ² f′(x) f′(x)ᵀ))  at z = f(x)"
+    )
+    assert objective(_spec("posterior=five", "posterior.objective=fif")) == (
+        "maximise  log p(x | z) + log p(z) + ½ log det(2π σ² f′(x) f′(x)ᵀ)  at z = f(x)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cost"),
+    [
+        ([], "2 tangents of the encoder and 1 tangent of the decoder"),
+        (["posterior.probe=data"], "1 tangent of the encoder and 1 cotangent of the decoder"),
+        (
+            ["posterior.num_probes=3", "fit.num_particles=2"],
+            "5 tangents of the encoder and 3 tangents of the decoder",
+        ),
+        (["posterior.objective=fif"], "1 tangent of the encoder and 1 tangent of the decoder"),
+        (["posterior.logdet=exact"], "3 passes of the encoder"),
+        (["posterior=laplace"], "3 tangents of the decoder"),
+    ],
+)
+def test_what_a_step_costs_beside_a_diagonal_posterior(overrides: list[str], cost: str) -> None:
+    said = _five(*overrides)["cost"]
+    assert said.startswith(f"{cost} more in each step than with posterior = 'normal'")
+    times = {"": "2.5", "posterior.probe=data": "2"}.get(" ".join(overrides))
+    assert said.endswith(f": about {times} × the time on a CPU" if times else "'normal'")
+
+
+def test_convolutions_cost_more() -> None:
+    spec = load_spec("five-mnist", ["encoder=conv", "decoder=conv"])
+    assert ": about 3.5 × the time on a CPU" in explain(spec, None)
+
+
+def test_the_proposal_of_the_evaluation_is_said() -> None:
+    assert _five("evaluate.proposal=own")["judged by"].endswith("/ q(zₖ | x),  K = 1,000 on the test data")
+    laplace = _lines(_spec("data.binarize=none", "likelihood=normal", "evaluate.proposal=laplace"))
+    assert laplace["judged by"].endswith("/ r(zₖ | x),  K = 1,000 on the test data")
+    text = explain(_spec("likelihood=normal", "evaluate.proposal=laplace"), None)
+    assert (
+        "\n            r = N(μ(x), Σ),  Σ⁻¹ = diag τ⁻² + g′(μ(x))ᵀ g′(μ(x)) / σ²,  τ the prior's scale"
+        in text
+    )
+
+
+def test_labels_reach_the_jacobian() -> None:
+    labels = ["model=conditional", "encoder.label_dim=4", "decoder.label_dim=4"]
+    lines = _five(*labels)
+    assert lines["guide"].startswith("q(z | x, y) = N(z; f(x, y), σ² f′(x, y) f′(x, y)ᵀ)")
+    assert "SG[g′(f(x, y)) u]" in lines["loss"]
+    assert "N(f(x, y), Σ)" in lines["judged by"]
+
+
+def test_scales_that_a_prior_uses_are_trained() -> None:
+    options = [
+        "data.binarize=none",
+        "data.dequantize=true",
+        "likelihood=normal",
+        "prior=vamp",
+        "prior.components=2",
+    ]
+    counts = [
+        num_parameters(spec.build(spec.load_data()))["encoder"]
+        for spec in (_spec(*options), _spec(*options, "posterior=five"))
+    ]
+    assert counts == [361, 361]
 
 
 def test_training_only_settings_are_said() -> None:
@@ -155,6 +307,19 @@ def test_numbers_of_parameters_count_shared_modules_once() -> None:
             ["model=x_vae", "prior=codes", "prior.variant=gmm", "prior.kl=nearest"],
             r"prior\.kl = 'nearest' enters the objective 'mean_field' alone, not 'elbo'",
         ),
+        (["posterior=five"], "the noise of the posterior is that of bits at f"),
+        (["posterior=laplace"], "an approximation, not the paper's"),
+        (
+            [
+                "data=saddle",
+                "data.num_train=256",
+                "likelihood=normal",
+                "posterior=five",
+                "fit.beta_warmup=1",
+                "z_dim=2",
+            ],
+            "supposes that log q",
+        ),
         (["data.binarize=none", "likelihood=normal"], r"log p\(x\) is a density on \[0, 1\]"),
         (
             ["data.binarize=none", "data.scale=count", "likelihood=normal"],
@@ -174,6 +339,7 @@ def test_notes(overrides: list[str], note: str) -> None:
         ["prior=vamp", "prior.components=3"],
         ["fit.objective=mean_field", "model=x_vae", "prior=codes", "prior.variant=gmm", "prior.kl=nearest"],
         ["data.binarize=none", "likelihood=discretized_logistic_mixture"],
+        ["data=saddle", "data.num_train=256", "likelihood=normal", "posterior=five", "z_dim=2"],
     ],
 )
 def test_no_note_without_a_surprise(overrides: list[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pvae import canvas
 from pvae.data import Data, from_tensors
 from pvae.experiments import Program, figures
 from pvae.experiments.spec import parse
@@ -149,6 +150,38 @@ def test_points_are_scattered(tmp_path: Path) -> None:
     blue = np.abs(_pixels(path)[..., :3] * 255 - (0x2F, 0x6F, 0xAB)).max(-1) < 100
     assert blue.sum() > 200
     assert _pixels(figures.samples(*figures.draw_samples(program, 50), tmp_path / "s.png")).std() > 0.02
+
+
+@pytest.mark.parametrize(("name", "coordinates"), [("saddle", 3), ("two_moons", 2), ("ppca", 2)])
+def test_points_stand_on_the_same_axes_and_are_joined_to_their_means(
+    name: str, coordinates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+
+    def kept(figure: Any, path: Path, title: str) -> Path:
+        drawn.append(figure)
+        return path
+
+    monkeypatch.setattr(canvas, "save", kept)
+    size = ["data.num_train=64", "data.num_test=8", "data.valid=400"]
+    program, data = _program(f"data={name}", *size, "likelihood=normal")
+    figures.reconstructions(program, data.valid, tmp_path / "r.png")
+    figures.samples(*figures.draw_samples(program, 50), tmp_path / "s.png")
+    for figure, joined in zip(drawn, (300, 0), strict=True):
+        left, right = figure.axes
+        assert left.name == right.name == ("3d" if coordinates == 3 else "rectilinear")
+        for axis in "xyz"[:coordinates]:
+            low, high = getattr(left, f"get_{axis}lim")()
+            assert (low, high) == getattr(right, f"get_{axis}lim")()
+        assert len(right.lines) == joined
+        assert not left.lines
+    # Each line leads from a datum to a point of the other panel.
+    x = data.valid[torch.linspace(0, 399, 300, dtype=torch.float64).long()].x[:, :coordinates].numpy()
+    ends = [line.get_data_3d() if coordinates == 3 else line.get_data() for line in drawn[0].axes[1].lines]
+    np.testing.assert_allclose(np.stack(ends)[:, :, 0], x, rtol=1e-6)
+    points = drawn[0].axes[1].collections[0]
+    means = np.stack(points._offsets3d, -1) if coordinates == 3 else points.get_offsets()
+    np.testing.assert_allclose(np.stack(ends)[:, :, 1], means, rtol=1e-6)
 
 
 def test_labels_stand_left_of_their_rows(tmp_path: Path) -> None:

@@ -15,10 +15,15 @@ from pvae.experiments import Spec, load_spec
 from pvae.experiments.jobs import train
 from pvae.experiments.spec import recipes
 from pvae.experiments.stages import pretrain
-from pvae.inference import registered
+from pvae.inference import fit, registered
 
 # Data that are not in every installation, and the shape of noise that stands in for them here.
-STAND_INS = {"mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "celeba": (3, 86, 86)}
+STAND_INS = {
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "celeba": (3, 86, 86),
+}
 # Two steps of everything, stages included.
 SHORT = ["fit.steps=2", "evaluate.num_particles=4", "evaluate.limit=12"]
 FIRST_STAGE = ["autoencoder.epochs=1"]
@@ -56,6 +61,7 @@ def test_the_recipes_of_the_baselines_are_there() -> None:
     assert {"vae", "vae-mnist", "vampprior-mnist", "iwae-mnist"} <= set(recipes())
     assert {f"cvae-nf-{data}" for data in ("digits", "mnist", "sprites", "celeba")} <= set(recipes())
     assert {f"x-vae-{data}" for data in ("digits", "mnist", "fashion")} <= set(recipes())
+    assert {f"five-{data}" for data in ("digits", "mnist", "fashion", "cifar10", "saddle")} <= set(recipes())
 
 
 @pytest.mark.parametrize("name", list(recipes()))
@@ -65,12 +71,13 @@ def test_recipe_runs_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Spec, "load_data", lambda *_: data)
     trained = train(spec, tmp_path / name, progress=False)
     assert trained.run.steps == 2
-    assert trained.estimate is not None
-    assert trained.estimate.log_prob.isfinite().all()
-    assert len(trained.estimate.log_prob) == 12
+    assert trained.estimates
+    for estimate in trained.estimates:
+        assert estimate.log_prob.isfinite().all()
+        assert len(estimate.log_prob) == 12
     assert [path.name for path in trained.pictures] == ["losses.png", "reconstructions.png", "samples.png"]
     assert all(path.is_file() for path in trained.pictures)
-    density = spec.likelihood.kind == "normal"
+    density = data.protocol.values == "unit" and spec.likelihood.kind == "normal"
     noted = [note for note in trained.notes if "the autoencoder may have overfitted" not in note]
     assert noted == (
         ["log p(x) is a density on [0, 1], not comparable with the mass of grey levels"] if density else []
@@ -120,3 +127,28 @@ def test_baselines_differ_in_what_their_names_say() -> None:
     assert [key for key in vae if vae[key] != vamp[key]] == ["description", "prior"]
     assert load_spec("iwae-mnist").fit.arguments()["objective"] == "iwae"
     assert json.dumps(vae["encoder"]) == json.dumps(vae["decoder"])
+
+
+def test_recipes_of_five_differ_in_their_data_alone() -> None:
+    mnist, fashion = (load_spec(f"five-{name}").model_dump() for name in ("mnist", "fashion"))
+    assert [key for key in mnist if mnist[key] != fashion[key]] == ["description", "data"]
+    for name in ("digits", "mnist", "fashion", "cifar10", "saddle"):
+        spec = load_spec(f"five-{name}")
+        assert spec.posterior == load_spec("five-digits").posterior
+        assert spec.likelihood.arguments()["sigma"] == "learned"
+        assert spec.data.arguments()["dequantize"] == (name != "saddle")
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["data=manifold", "z_dim=1"], ["posterior=normal"], ["posterior.objective=fif"]]
+)
+def test_the_first_epochs_on_a_manifold_make_the_loss_fall(overrides: list[str]) -> None:
+    spec = load_spec(
+        "five-saddle",
+        [*overrides, "data.num_train=1280", "data.valid=200", "fit.epochs=8", "fit.batch_size=32"],
+    )
+    data = spec.load_data()
+    run = fit(*spec.build(data), data, **spec.fit.arguments())
+    losses = [row["valid_loss"] for row in run.history]
+    assert losses[-1] < 0.3 * run.history[0]["loss"]
+    assert all(math.isfinite(loss) and loss < losses[0] for loss in losses[1:])

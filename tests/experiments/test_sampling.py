@@ -84,7 +84,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("expression", list(CLASSES))
 def test_labels_are_read(expression: str) -> None:
-    plan = _plan(_classes(), labels=expression)
+    plan = _plan(_classes(), labels=expression, num=8)
     assert [row.label for row in plan.rows] == CLASSES[expression]
     for row in plan.rows:
         assert row.y is not None
@@ -259,11 +259,13 @@ def test_choosing_labels_leaves_no_trace() -> None:
 
 
 def test_the_default_number_of_draws() -> None:
-    data = _classes()
-    assert _plan(data).num == 64
-    assert _plan(data, labels="red").num == 8
-    assert _plan(data, scale_sweep=True).num == 8
-    assert _plan(data, labels="red", num=3).num == 3
+    points = _classes()
+    images = from_tensors(torch.rand(8, 1, 4, 4), y=torch.arange(8) % 2, class_names=("red", "green"))
+    for data, in_all, in_a_row in ((images, 64, 8), (points, 500, 100)):
+        assert _plan(data).num == in_all
+        assert _plan(data, labels="red").num == in_a_row
+        assert _plan(data, scale_sweep=True).num == in_a_row
+        assert _plan(data, labels="red", num=3).num == 3
 
 
 def test_a_sweep_has_a_row_for_each_scale() -> None:
