@@ -67,7 +67,7 @@ _GUIDES = {
     ),
 }
 _TIME = ("diagonal", "full", "fif", "laplace")  # FIVE's own cell is that of the budget of steps
-_LONG = ("diagonal", "full", "fif", "five")
+_LONG = ("diagonal", "five")
 _LONGER = 5
 
 # All that a number could depend on, whatever the recipe says.
@@ -171,7 +171,7 @@ class _Source(Source):
         z_dims: Latent sizes under the budget of steps.
         laplace: Those at which the Laplace guide, which takes a pass for every latent, is trained as well.
         timed: Those at which the other guides get the time that FIVE takes.
-        long: Those at which four guides get five times the steps.
+        long: Those at which the diagonal guide and FIVE get five times the steps.
         probed: Those at which FIVE's probe in data space is trained as well.
         step: CPU seconds of a step of the diagonal guide.
     """

@@ -76,7 +76,7 @@ def test_cells_of_every_budget() -> None:
     long = [name for name, cell in cells.items() if cell.factors["budget"] == "long"]
     assert list(cells)[-len(long) :] == long
     seeds = [cell.seed for name, cell in cells.items() if name not in long]
-    assert (len(seeds), len(long)) == (123, 12)
+    assert (len(seeds), len(long)) == (123, 6)
     assert seeds == sorted(seeds)
     sizes = {
         (name, budget): sorted(
