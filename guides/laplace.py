@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import MultivariateNormal, TorchDistribution
 from torch import Tensor, nn
 
-from pvae.distributions import laplace_normal
+from pvae.distributions import laplace_normal, variance_of
 from pvae.nn import LabelSpace
 
 from .flow import FlowGuide
@@ -137,7 +137,7 @@ def _scale_of_prior(model: Any) -> Tensor:
     devices = {tensor.device for tensor in chain(prior.parameters(), prior.buffers())}
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         torch.manual_seed(0)
-        variance = _variance(_prior_of(prior, model))
+        variance = variance_of(_prior_of(prior, model), _DRAWS)
     scale = variance.reshape(-1, variance.shape[-1]).mean(0).sqrt()
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise ValueError(f"the prior must have a finite positive scale, or prior_scale be given, got {scale}")
@@ -157,14 +157,3 @@ def _prior_of(prior: Any, model: Any) -> TorchDistribution:
     if space.kind == "class":
         return prior(torch.arange(space.size, device=device))
     return prior(torch.randint(2, (_LABELS, space.size), device=device).to(torch.get_default_dtype()))
-
-
-def _variance(p: TorchDistribution) -> Tensor:
-    """Variance of z, ``(*batch, z_dim)``: in closed form where there is one, else of draws."""
-    try:
-        variance = p.variance
-    except NotImplementedError:
-        variance = None
-    if variance is None or not bool(variance.isfinite().all()):
-        variance = p.sample((max(2, _DRAWS // p.batch_shape.numel()),)).var(0)
-    return variance

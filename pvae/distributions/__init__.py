@@ -14,6 +14,7 @@ from .level_categorical import LevelCategorical
 from .negative_binomial import NegativeBinomial
 from .normal_mixture import NormalMixture
 from .point_mass import PointMass
+from .spread import variance_of
 
 __all__ = [
     "AffineCoupling",
@@ -36,4 +37,5 @@ __all__ = [
     "Probe",
     "check_options",
     "laplace_normal",
+    "variance_of",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data import Data, Split
+from pvae.distributions import variance_of
 from pvae.inference import Run
 from pvae.inference.isolation import device_of, evaluating
 from pvae.inference.program import SiteRecorder
@@ -138,12 +139,6 @@ def _prior_scale(model: Any, x: Tensor, y: Tensor | None) -> Tensor:
     args = [x.to(device)] if y is None else [x.to(device), y.to(device)]
     with SiteRecorder() as p:
         model(*args)
-    prior = p.sites["z"].fn
-    try:
-        variance = prior.variance
-    except NotImplementedError:
-        variance = None
-    if variance is None or not bool(variance.isfinite().all()):
-        torch.manual_seed(0)
-        variance = prior.sample((_PRIOR_DRAWS,)).var(0)
+    torch.manual_seed(0)  # the same draws every time, where it takes any
+    variance = variance_of(p.sites["z"].fn, _PRIOR_DRAWS * len(x))
     return variance.reshape(-1, variance.shape[-1]).mean(0).sqrt()
