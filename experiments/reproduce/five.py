@@ -25,7 +25,7 @@ from .ledger import Record
 from .measures import likelihood, posterior, sigma_of
 from .plots import Trend, trends
 from .study import Cell, Context, Metrics, Scale, Source, Study, plain
-from .tables import Column, OverSeeds, configurations, differences, interval, markdown, table
+from .tables import Column, OverSeeds, configurations, differences, interval, markdown, table, verdict
 
 __all__ = ["FiveStudy", "step_seconds"]
 
@@ -229,7 +229,7 @@ class FiveStudy(Study):
                     ("data.name=mnist", *_COMMON, *_WIDE, "fit.steps=2000"),
                     seconds=15.0,
                     z_dims=(2, 8, 16, 32, 64),
-                    laplace=(2, 8, 16),
+                    laplace=(2, 8),
                     timed=(8, 64),
                     long=(64,),
                     probed=(16, 64),
@@ -548,7 +548,7 @@ def _claims(records: Sequence[Record]) -> list[str]:
     for better, worse in _CLAIMED:
         pair = [record for record in records if record.factors["guide"] in (better, worse)]
         for (z_dim, _), row in differences(pair, "guide", worse, _CHECKED, within=("z_dim",)).items():
-            rows.append([f"{_WORDS[better]} > {_WORDS[worse]}", _WORDS[z_dim], *map(_verdict, row)])
+            rows.append([f"{_WORDS[better]} > {_WORDS[worse]}", _WORDS[z_dim], *map(verdict, row)])
     if not rows:
         return []
     header = ["claim", "z_dim", *(column.title for column in _CHECKED)]
@@ -589,16 +589,8 @@ def _growth(records: Sequence[Record]) -> list[list[str]]:
                     found.append(known[0] - known[1] - known[2] + known[3])
             row.append(interval(found))
         if any(cell.n for cell in row):
-            rows.append([f"{small} to {large}", *map(_verdict, row)])
+            rows.append([f"{small} to {large}", *map(verdict, row)])
     return rows
-
-
-def _verdict(difference: OverSeeds) -> str:
-    if math.isnan(difference.half):
-        return str(difference)
-    if abs(difference.mean) <= difference.half:
-        return f"{difference}: open"
-    return f"{difference}: {'yes' if difference.mean > 0 else 'no'}"
 
 
 def _trends(records: Sequence[Record], column: Column) -> list[Trend]:

@@ -18,6 +18,7 @@ __all__ = [
     "interval",
     "markdown",
     "table",
+    "verdict",
 ]
 
 
@@ -190,6 +191,15 @@ def table(
         numbers = [interval(_scaled(record, column) for record in measured) for column in shown]
         rows.append([*(words.get(value, value) for value in values), seeds, *map(str, numbers)])
     return markdown([*factors, "seeds", *(column.title for column in shown)], rows)
+
+
+def verdict(difference: OverSeeds, sign: int = 1) -> str:
+    """Write a difference, and whether it is above zero (below, for ``sign`` -1): open if zero is within."""
+    if math.isnan(difference.half):
+        return str(difference)
+    if abs(difference.mean) <= difference.half:
+        return f"{difference}: open"
+    return f"{difference}: {'yes' if sign * difference.mean > 0 else 'no'}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

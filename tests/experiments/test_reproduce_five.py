@@ -17,9 +17,10 @@ from pvae import canvas
 from pvae.data import from_tensors, load
 from pvae.experiments.cli import app
 from pvae.experiments.program import Program
-from pvae.experiments.reproduce import STUDIES, Cell, Context, Ledger, Record
+from pvae.experiments.reproduce import Cell, Context, Ledger, Record
 from pvae.experiments.reproduce.five import (
     _GUIDES,
+    FiveStudy,
     _by_budget,
     _covariances,
     _diagonal_gap,
@@ -36,7 +37,7 @@ from pvae.priors import StandardNormal
 
 from ..guides.five import linear_pair
 
-STUDY = STUDIES["five"]
+STUDY = FiveStudy()
 T_2 = 4.302652729911275  # 97.5 % point of Student's t with two degrees of freedom, from a printed table
 
 
@@ -76,7 +77,7 @@ def test_cells_of_every_budget() -> None:
     long = [name for name, cell in cells.items() if cell.factors["budget"].startswith("long")]
     assert list(cells)[-len(long) :] == long
     seeds = [cell.seed for name, cell in cells.items() if name not in long]
-    assert (len(seeds), len(long)) == (123, 9)
+    assert (len(seeds), len(long)) == (120, 9)
     assert seeds == sorted(seeds)
     sizes = {
         (name, budget): sorted(
@@ -92,7 +93,7 @@ def test_cells_of_every_budget() -> None:
         assert sizes[name, "steps"] == [2, 8, 16, 32, 64]
     for name in ("diagonal", "full", "fif", "laplace"):
         assert sizes[name, "time"] == [8, 64]
-    assert sizes["laplace", "steps"] == [2, 8, 16]
+    assert sizes["laplace", "steps"] == [2, 8]
     assert sizes["five-data", "steps"] == [16, 64]
     assert not sizes["five", "time"]
 
