@@ -7,19 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvae.alignment import Aligned, LinearWarmup, align
+from pvae.alignment import Aligned, FlowTarget, LinearWarmup, align
 from pvae.data import Data
 from pvae.density import ESTIMATORS, DensityTarget
 from pvae.evaluation import latent_scores
+from pvae.inference import checkpoint
 from pvae.inference.progress import reporting
 from pvae.priors import CouplingFlow
 
 from . import figures
 from .program import Program, SpecError
-from .runs import RunFolder
+from .runs import OpenRun, RunError, RunFolder
 from .spec import AlignKeys, Spec
 
-__all__ = ["Alignment", "begin", "density_of_run", "estimate"]
+__all__ = ["Alignment", "aligned", "begin", "density_of_run", "embedded", "estimate", "log_det_of_run"]
+
+# Name of the checkpoint that holds the flow of the targets.
+_FLOW = "flow"
 
 # Data whose log p(z) is drawn, evenly spread.
 _SHOWN = 2000
@@ -39,6 +43,18 @@ class Alignment(NamedTuple):
     before: Tensor
     folder: RunFolder
     data: Data
+
+    def keep(self, steps: int) -> None:
+        """Keep the flow of the targets in the run's folder, where they have one.
+
+        What a run is used for later is the bare pair; :func:`log_det_of_run` reads this.
+
+        Args:
+            steps: Steps that were taken.
+        """
+        target = self.pair.aligner.target
+        if isinstance(target, FlowTarget) and not self.pair.aligner.off:
+            checkpoint.save(self.folder.path, _FLOW, target.flow.state_dict(), {"step": steps})
 
     def summary(self) -> dict[str, Any]:
         """What a manifest says of it: prior against targets, and the constant between them."""
@@ -98,27 +114,48 @@ def begin(
         )
         if not folder.density.is_file():
             target.save(folder.density)
-        for part in program:
-            part.to(device or "cpu")
-        y = data.train.y
-        example = (data.train[:1].x, y[:1]) if y is not None and _conditional(program) else None
-        flow = None
-        if keys.kind == "flow":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(spec.seed)
-                flow = CouplingFlow(spec.z_dim, keys.flow_layers, hidden=keys.flow_hidden)
-        pair = align(
-            *program,
-            target,
-            kind=keys.kind,
-            flow=flow,
-            example=example,
-            gamma=LinearWarmup(keys.warmup, keys.gamma) if keys.warmup else keys.gamma,
-            **keys.of_align(),
-        )
+        pair = aligned(spec, program, data, target, device)
     except (TypeError, ValueError) as error:
         raise SpecError(f"[align] {' '.join(str(error).split())}") from error
     return Alignment(pair, _log_prior(program, data, _rows(data)), folder, data)
+
+
+def aligned(
+    spec: Spec, program: Program, data: Data, target: DensityTarget, device: torch.device | None = None
+) -> Aligned:
+    """Align a program with a density of its training data, as the table ``[align]`` says.
+
+    Args:
+        spec: The spec.
+        program: Its program, which is moved to the device.
+        data: Its data.
+        target: The density.
+        device: Where it will be trained, the CPU if absent.
+
+    Raises:
+        TypeError, ValueError: If the program cannot be aligned so.
+    """
+    keys = spec.align
+    if keys is None:
+        raise ValueError("a spec must have a table [align] for its program to be aligned, got none")
+    for part in program:
+        part.to(device or "cpu")
+    y = data.train.y
+    example = (data.train[:1].x, y[:1]) if y is not None and _conditional(program) else None
+    flow = None
+    if keys.kind == "flow":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            flow = _flow(spec.z_dim, keys)
+    return align(
+        *program,
+        target,
+        kind=keys.kind,
+        flow=flow,
+        example=example,
+        gamma=LinearWarmup(keys.warmup, keys.gamma) if keys.warmup else keys.gamma,
+        **keys.of_align(),
+    )
 
 
 def estimate(
@@ -138,8 +175,10 @@ def estimate(
     if keys.estimator == "exact":
         if data.log_density is None:
             raise ValueError(f"estimator = 'exact' needs data with a known density, but {data.name} has none")
-        x = data.train.x
-        return DensityTarget.known(data.log_density(x.double()), embedding=x.double().flatten(1))
+        x = data.train.x.double()
+        if data.log_density_intrinsic is not None:
+            return DensityTarget.known(data.log_density_intrinsic(x), embedding=data.truth.project(x))
+        return DensityTarget.known(data.log_density(x), embedding=x.flatten(1))
     options: dict[str, Any] = {} if keys.max_neighbors is None else {"max_neighbors": keys.max_neighbors}
     if keys.estimator != "kde":
         options["dim"] = keys.unit
@@ -157,6 +196,62 @@ def estimate(
 def density_of_run(folder: RunFolder) -> DensityTarget | None:
     """Return the density that a run was aligned with, if it was."""
     return DensityTarget.load(folder.density) if folder.density.is_file() else None
+
+
+def embedded(target: DensityTarget, data: Data, x: Tensor) -> Tensor:
+    """Embed data as those of a density of :func:`estimate` are.
+
+    Args:
+        target: The density.
+        data: What it is the density of.
+        x: Data without the noise of their protocol, shape ``(M, *x_shape)``.
+
+    Returns:
+        Shape ``(M, d)``, in double precision on the CPU.
+    """
+    if target.projection is not None:
+        return torch.from_numpy(target.projection(x))
+    x = x.detach().cpu().double()
+    u: Tensor = x.flatten(1) if data.log_density_intrinsic is None else data.truth.project(x)
+    return u
+
+
+def log_det_of_run(run: OpenRun, x: Tensor) -> Tensor:
+    """Return what ``log_det`` of a run's aligned pair was when training ended, at any data.
+
+    It is the log-determinant of the flow that the run was aligned through, from the embedding of x to z, of
+    the last step.
+
+    Args:
+        run: The run.
+        x: Data without the noise of their protocol, shape ``(M, *x_shape)``.
+
+    Returns:
+        Nats, shape ``(M,)``, in double precision on the CPU.
+
+    Raises:
+        RunError: If there is no flow or no density in the folder.
+        pvae.inference.CheckpointError: If the flow is damaged.
+        ValueError: If the density is.
+    """
+    keys, folder = run.spec.align, run.folder
+    target = density_of_run(folder)
+    if keys is None or keys.kind != "flow" or target is None:
+        raise RunError(f"the run in {folder.path} was not aligned through a flow")
+    if not checkpoint.exists(folder.path, _FLOW):
+        raise RunError(
+            f"{folder.path} holds no flow, as training has not ended or was that of an earlier version: "
+            f"pvae train {folder.path} --resume keeps it"
+        )
+    state, _ = checkpoint.load(folder.path, _FLOW)
+    flow = _flow(run.spec.z_dim, keys).double()
+    flow.load_state_dict(state)
+    provider = FlowTarget(target, flow, in_units=keys.preset != "released")
+    return provider.log_det_at(embedded(target, run.data, x))
+
+
+def _flow(z_dim: int, keys: AlignKeys) -> CouplingFlow:
+    return CouplingFlow(z_dim, keys.flow_layers, hidden=keys.flow_hidden)
 
 
 def _conditional(program: Program) -> bool:

@@ -28,9 +28,10 @@ from pvae.evaluation import (
     latent_scores,
     prior_coverage,
 )
+from pvae.inference import CheckpointError
 
 from . import diagnosis_figures as drawn
-from .aligning import density_of_run
+from .aligning import density_of_run, log_det_of_run
 from .program import SpecError
 from .registry import nearest
 from .runs import OpenRun
@@ -49,6 +50,10 @@ __all__ = [
 
 # Data in the mixture that stands for the aggregate posterior: its cost is quadratic.
 _MIXTURE = 1000
+# Ends the name of a comparison in which a flow's log-determinant is added to log p(z).
+_WITH_FLOW = ", with log det"
+_WHAT = "log p(z)"
+_WHAT_FLOW = "log p(z) + log det g'(u)"
 # What an outside data set takes over from the run, and so may not be asked for.
 _FROM_RUN = ("binarize", "scale", "dequantize", "root", "download", "valid")
 # Data sets that can be loaded without the parts that nobody scores.
@@ -76,7 +81,7 @@ class Exact:
     """The true density of synthetic data.
 
     Attributes:
-        function: log p(x) in nats, ``(N, *x_shape) -> (N,)``.
+        function: Its logarithm in nats, ``(N, *x_shape) -> (N,)``.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -117,11 +122,13 @@ class Diagnosis:
         alignment: Aggregate posterior against prior.
         coverage: Their divergences.
         activity: Which latents the data move.
-        agreement: log p(z) against the density, at a draw of z and at the mean; ``None`` without a density.
+        agreement: log p(z) against the density, at a draw of z and at the mean; for a run that was aligned
+            through a flow both also with its log-determinant. ``None`` without a density.
         ood: Outside data sets, by what they were asked for as.
         calibration: Scores of the validation part, where conformal tests were calibrated on it.
         pictures: PNG files.
         seconds: Wall time.
+        no_flow: Why the flow of a run that was aligned through one is not in ``agreement``.
     """
 
     settings: Wanted
@@ -133,6 +140,7 @@ class Diagnosis:
     calibration: LatentScores | None
     pictures: list[Path]
     seconds: float
+    no_flow: str | None = None
 
     def to_dict(self, per_datum: bool = True) -> dict[str, Any]:
         """Return plain numbers and lists that JSON can hold.
@@ -161,6 +169,7 @@ class Diagnosis:
             "coverage": self.coverage.to_dict(),
             "activity": self.activity.to_dict(),
             "density": density,
+            "no_flow": self.no_flow,
             "ood": tables,
             "scores": records,
             "seconds": self.seconds,
@@ -173,8 +182,13 @@ class Diagnosis:
             ("coverage", self.coverage.to_markdown()),
             ("activity", str(self.activity)),
         ]
-        for at, found in (self.agreement or {}).items():
-            parts.append((f"log p(z) against the density, z {at}", found.to_markdown()))
+        for name, found in (self.agreement or {}).items():
+            at, with_flow, _ = name.partition(_WITH_FLOW)
+            what = _WHAT_FLOW if with_flow else _WHAT
+            table = found.to_markdown().replace(_WHAT, what)
+            parts.append((f"{what} against the density, z {at}", table))
+        if self.no_flow is not None:
+            parts.append((f"{_WHAT_FLOW} against the density", f"not scored: {self.no_flow}"))
         parts += [(f"inside against {name}", report.to_markdown()) for name, report in self.ood.items()]
         return "\n\n".join(f"{heading}\n\n{text}" for heading, text in parts)
 
@@ -226,10 +240,12 @@ def diagnose(
 def density_of(run: OpenRun) -> Density | None:
     """Return the density of the run's data where there is one.
 
-    Synthetic data have theirs, which is known; else it is the estimate that the run was aligned with.
+    Synthetic data have theirs, which is known (on a plane, that of their coordinates in it); else it is the
+    estimate that the run was aligned with.
     """
-    if run.data.log_density is not None:
-        return Exact(run.data.log_density)
+    known = run.data.log_density_intrinsic or run.data.log_density
+    if known is not None:
+        return Exact(known)
     return density_of_run(run.folder)
 
 
@@ -327,12 +343,13 @@ def _diagnose(
     title = run.spec.description or f"{run.spec.model.kind} on {run.spec.data.name}"
     pictures = [alignment.plot(folder / "alignment.png", title)]
 
-    agreement = None
+    agreement = no_flow = None
     density = density_of(run) if target is None else target
     if density is not None:
         own = latent_scores(*run.program, test, num_samples=wanted.num_samples, seed=seed, progress=progress)
         path = folder / "density.png"
-        agreement, picture = compare_with_density(own, density, test.clean, path, title, seed)
+        log_det, no_flow = _log_det(run, test.clean)
+        agreement, picture = compare_with_density(own, density, test.clean, path, title, seed, log_det)
         pictures.append(picture)
 
     reports, calibration = {}, None
@@ -366,13 +383,20 @@ def _diagnose(
         calibration,
         pictures,
         round(time.monotonic() - start, 3),
+        no_flow,
     )
     run.folder.add_diagnosis(found.to_dict())
     return found
 
 
 def compare_with_density(
-    scores: LatentScores, density: Density, x: Tensor, path: Path, title: str = "", seed: int = 0
+    scores: LatentScores,
+    density: Density,
+    x: Tensor,
+    path: Path,
+    title: str = "",
+    seed: int = 0,
+    log_det: Tensor | None = None,
 ) -> tuple[dict[str, DensityAgreement], Path]:
     """Compare log p(z) of data with a density of the same data, and draw the picture.
 
@@ -383,18 +407,32 @@ def compare_with_density(
         path: PNG to write.
         title: Line above the panels.
         seed: Seed of the intervals.
+        log_det: What a flow adds to log p(z) of each datum to make it a log-density of x, nats, ``(N,)``.
 
     Returns:
         The agreement at a draw of z for each datum (``"drawn"``) and at the posterior mean (``"at the
-        mean"``), and the picture.
+        mean"``), then both with ``log_det`` where it is given (``"drawn, with log det"``); and the picture.
     """
     known = density.log_prob(x)
+    compared = {"drawn": scores.log_p_draw, "at the mean": scores.log_p_mean}
+    if log_det is not None:
+        compared |= {f"{at}{_WITH_FLOW}": s + log_det.to(s) for at, s in compared.items()}
     agreement = {
-        at: density_agreement(log_prior, known.log_density, known.standard_error, seed=seed)
-        for at, log_prior in (("drawn", scores.log_p_draw), ("at the mean", scores.log_p_mean))
+        name: density_agreement(s, known.log_density, known.standard_error, seed=seed)
+        for name, s in compared.items()
     }
     rho = known.log_density.detach().cpu().double()
     return agreement, drawn.density_scatter(scores.log_p_mean, rho, path, title, law=scores.log_p_draw)
+
+
+def _log_det(run: OpenRun, x: Tensor) -> tuple[Tensor | None, str | None]:
+    """The log-determinant of the flow that a run was aligned through, or why it cannot be had."""
+    if run.spec.align is None or run.spec.align.kind != "flow":
+        return None, None
+    try:
+        return log_det_of_run(run, x), None
+    except (CheckpointError, ValueError) as error:
+        return None, str(error)
 
 
 def _scorer(

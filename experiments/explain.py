@@ -8,6 +8,7 @@ from pvae.guides import TiedGuide
 from pvae.nn import Encoder
 from pvae.priors import VampPrior
 
+from .explain_alignment import explain_alignment
 from .notes import notes
 from .program import Program
 from .spec import Spec
@@ -65,6 +66,8 @@ def explain(spec: Spec, data: Data | None, program: Program | None = None) -> st
         if not arguments.get("label_dim"):
             rest.pop("label_embedding", None)
         rows += [(heading, said + _detail(rest)), *(("", line) for line in where)]
+    if data is not None:
+        program = program or spec.build(data)
     rows += [
         ("", ""),
         *([("first stage", _first_stage(spec))] if spec.autoencoder else []),
@@ -72,10 +75,10 @@ def explain(spec: Spec, data: Data | None, program: Program | None = None) -> st
         ("", _training(spec)),
         *((heading, given.written(line)) for heading, line in _loss(spec)),
         *([("cost", _cost(spec))] if spec.posterior.kind in _TIED else []),
+        *((heading, given.written(line)) for heading, line in _alignment(spec, data, program)),
         *((heading, given.written(line)) for heading, line in _evaluation(spec)),
     ]
-    if data is not None:
-        program = program or spec.build(data)
+    if data is not None and program is not None:
         counts = ", ".join(f"{name} {count:,}" for name, count in num_parameters(program).items())
         rows += [("", ""), ("parameters", counts)]
         rows += [("note", note) for note in notes(spec, program, data)]
@@ -213,6 +216,14 @@ def _loss(spec: Spec) -> list[tuple[str, str]]:
     sign = "=" if logdet == "pinv" else "≈"
     stands = f"∂ ½ log det(f′ f′ᵀ) {sign} E ∂ {_SURROGATES[logdet, probe]},  {drawn},  SG held constant"
     return [("loss", f"{said}; validation is exact"), ("", stands)]
+
+
+def _alignment(spec: Spec, data: Data | None, program: Program | None) -> list[tuple[str, str]]:
+    """Say what the table ``[align]`` adds to the objective, if there is one."""
+    if spec.align is None:
+        return []
+    lines = explain_alignment(spec.align, spec.z_dim, data, program)
+    return [("" if i else "alignment", line) for i, line in enumerate(lines)]
 
 
 def _cost(spec: Spec) -> str:

@@ -130,6 +130,8 @@ def train(
     if monitor is not None and monitor.report is not None:
         folder.update_manifest(jacobian=monitor.report.to_dict())
         said = [*said, *monitor.problems]
+    if alignment is not None:
+        alignment.keep(run.steps)
     pictures = _pictures(spec, folder, program, data)
     if alignment is not None:
         folder.update_manifest(alignment=alignment.summary())

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from pvae.experiments.bench import (
     CASES,
     Case,
     SyncCounter,
+    alignment,
     count_syncs,
     evaluation,
     flow_prior,
@@ -40,6 +43,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow_prior, "_STEPS", 2)
     for name, networks in (("five", posteriors._mlp), ("five-conv", posteriors._conv)):
         monkeypatch.setitem(posteriors.NETWORKS, name, posteriors.Case(networks, (2,), steps=1))
+    small = {name: replace(case, hidden=(8,), z_dim=2, steps=2) for name, case in alignment.ALIGNED.items()}
+    monkeypatch.setattr(alignment, "ALIGNED", small)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,6 +87,39 @@ def test_a_step_never_waits_for_its_device(name: str, engine: str) -> None:
     assert count_syncs(case.program(), from_tensors(levels, binarize="dynamic").train, engine) == 0
 
 
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("kind", ["plain", "direct", "flow"])
+@pytest.mark.parametrize("name", alignment.ALIGNED)
+def test_an_aligned_step_never_waits_either(name: str, kind: alignment.Kind, engine: str) -> None:
+    case = replace(alignment.ALIGNED[name], steps=1)
+    split = case.split()
+    assert count_syncs(case.program(kind, len(split)), split, engine) == 0
+
+
+def test_an_aligned_step_does_what_the_plain_one_does_and_the_alignment() -> None:
+    """The three programs differ by nothing but the factor, whose targets the prior can have."""
+    for name, case in alignment.ALIGNED.items():
+        models = {}
+        kinds: tuple[alignment.Kind, ...] = ("plain", "direct", "flow")
+        for kind in kinds:
+            torch.manual_seed(0)
+            models[kind] = case.program(kind, 64).model
+        plain = models.pop("plain")
+        for kind, model in models.items():
+            aligner: Any = model.aligner
+            assert type(aligner.target).__name__ == {"direct": "Target", "flow": "FlowTarget"}[kind]
+            assert callable(aligner.schedule)
+            assert len(aligner.target) == 64
+            for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+                assert torch.equal(ours, theirs), name
+    sizes = {name: [case.x_shape, case.hidden, case.z_dim] for name, case in alignment.ALIGNED.items()}
+    assert sizes == {
+        "784-300-300-10": [(1, 28, 28), (300, 300), 10],
+        "50-25-2": [(50,), (25,), 2],
+        "784-400-400-20": [CASES["medium"].x_shape, CASES["medium"].hidden, CASES["medium"].z_dim],
+    }
+
+
 @pytest.mark.parametrize(
     "wait", [torch.Tensor.item, bool, torch.Tensor.nonzero, lambda x: torch.equal(x, x + 1)]
 )
@@ -120,7 +158,10 @@ def test_smoke(tiny: None, tmp_path: Path) -> None:
         ("evaluation", "decoder + density", 2),
         ("cvae-nf", "N(0, I)", 2),
         *((name, "diagonal, 2 latents", 2) for name in ("five", "five-conv") for _ in range(5)),
+        *(("alignment", f"plain, {size}", 2) for size in alignment.ALIGNED for _ in range(2)),
     ]
+    assert [row["ours"] for row in rows[-2:]] == ["eager, direct", "eager, flow"]
+    assert [row["target"] for row in rows[-2:]] == [1.1, None]
     assert all(row["ratio"] > 0 for row in rows)  # type: ignore[operator]
     written = json.loads(out.read_text())
     assert written["rows"] == rows
@@ -160,7 +201,8 @@ def test_graph_engine_is_measured(tiny: None) -> None:
     [
         (
             {"names": ("large",)},
-            "benchmark must be one of small, medium, conv, evaluation, cvae-nf, five, five-conv, got 'large'",
+            "benchmark must be one of small, medium, conv, evaluation, cvae-nf, five, "
+            "five-conv, alignment, got 'large'",
         ),
         ({"engines": ("jit",)}, "engine must be one of eager, graph, got 'jit'"),
         ({"rounds": 0}, "must be positive, got 0"),

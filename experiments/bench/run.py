@@ -10,6 +10,7 @@ import torch
 from pvae.inference.isolation import isolated_rng
 
 from ..program import SpecError
+from .alignment import time_alignment
 from .evaluation import time_evaluation
 from .flow_prior import time_flow_prior
 from .posteriors import NETWORKS, time_posteriors
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Timer] = {
     "evaluation": time_evaluation,
     "cvae-nf": time_flow_prior,
     **{name: partial(time_posteriors, name) for name in NETWORKS},
+    "alignment": time_alignment,
 }
 
 

@@ -7,13 +7,13 @@ from pvae.inference.checkpoint import write_atomically
 
 from ..runs import RunError
 from .ledger import Ledger, Record
-from .study import Study
+from .study import AnyStudy
 from .tables import by_protocol, interval
 
 __all__ = ["report"]
 
 
-def report(study: Study, out: Path) -> list[Path]:
+def report(study: AnyStudy, out: Path) -> list[Path]:
     """Write the tables and figures of the cells that are finished.
 
     Args:
@@ -38,7 +38,9 @@ def report(study: Study, out: Path) -> list[Path]:
     # In the study's own order, whatever the order in which they were finished.
     order = {cell.name: i for scale in study.scales.values() for i, cell in enumerate(study.cells(scale))}
     records.sort(key=lambda record: (order.get(record.cell, len(order)), record.cell))
-    reading = _READING + (_FRECHET if any(record.settings.get("num_images") for record in records) else "")
+    sentences = (("num_particles", _LIKELIHOODS), ("num_images", _FRECHET))
+    used = (text for size, text in sentences if any(record.settings.get(size) for record in records))
+    reading = _READING + "".join(used)
     lines, figures = [f"# {study.name}", "", f"{study.about}. {reading}"], []
     for same, group in by_protocol(records).items():
         lines += ["", f"## {same}"]
@@ -54,10 +56,10 @@ def report(study: Study, out: Path) -> list[Path]:
     return [path, *figures]
 
 
-_READING = (
-    "Mean over seeds ± half of its 95 % interval (Student's t); a single seed has no interval. "
-    "Log-likelihoods and rates are in nats per datum. Where many k-hats are high, more particles would raise "
-    "IWAE."
+_READING = "Mean over seeds ± half of its 95 % interval (Student's t); a single seed has no interval."
+_LIKELIHOODS = (
+    " Log-likelihoods and rates are in nats per datum. Where many k-hats are high, more particles would "
+    "raise IWAE."
 )
 _FRECHET = " Fréchet distances are in the features of a classifier trained here, which are no FID."
 

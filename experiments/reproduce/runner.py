@@ -1,7 +1,5 @@
 """Running a study's cells: one after the other, or in worker processes of one thread each."""
 
-import functools
-import json
 import multiprocessing
 import os
 import signal
@@ -11,20 +9,17 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import pvae.data
-from pvae.data import Data, DataError
-from pvae.inference import NonFiniteLoss
+from pvae.data import DataError
 from pvae.inference.progress import reporting
 
 from ..program import SpecError
 from ..runs import RunError, environment
 from .ledger import Ledger, Record, locked
-from .study import Cell, Context, Study
+from .study import AnyStudy, Cell, Context
 
 __all__ = ["Plan", "plan", "run", "run_cell"]
 
@@ -47,7 +42,7 @@ class Plan:
     seconds: float
 
 
-def plan(study: Study, context: Context, only: Sequence[str] = ()) -> Plan:
+def plan(study: AnyStudy, context: Context, only: Sequence[str] = ()) -> Plan:
     """Find out what is left of a study.
 
     Args:
@@ -79,7 +74,7 @@ def plan(study: Study, context: Context, only: Sequence[str] = ()) -> Plan:
 
 
 def run(
-    study: Study,
+    study: AnyStudy,
     scale: str,
     context: Context,
     *,
@@ -125,22 +120,16 @@ def run(
     return ledger.read()
 
 
-def run_cell(study: Study, scale: str, cell: Cell, context: Context) -> Record:
-    """Train and measure one cell in this process.
+def run_cell(study: AnyStudy, scale: str, cell: Cell, context: Context) -> Record:
+    """Run one cell in this process.
 
     Raises:
         SpecError: If it cannot be built.
         pvae.data.DataError: If its data cannot be loaded.
     """
     start = time.monotonic()
-    spec = cell.spec()
-    data = _load(json.dumps(spec.data.arguments()), context.root, context.download)
+    outcome = study.run(cell, context)
     settings = context.scale.settings()
-    failure, metrics = None, {}
-    try:
-        metrics = study.measure(cell, spec, data, context)
-    except NonFiniteLoss as error:
-        failure = " ".join(str(error).split())
     return Record(
         study=study.name,
         scale=scale,
@@ -148,23 +137,17 @@ def run_cell(study: Study, scale: str, cell: Cell, context: Context) -> Record:
         key=cell.key(settings),
         factors=dict(cell.factors),
         seed=cell.seed,
-        metrics=metrics,
-        failure=failure,
-        protocol={"name": data.name, "hash": data.test.protocol.hash},
+        metrics=outcome.metrics,
+        failure=outcome.failure,
+        protocol=outcome.protocol,
         settings=settings,
         seconds=round(time.monotonic() - start, 3),
         environment=environment(context.device),
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _load(arguments: str, root: Path | None, download: bool) -> Data:
-    """Load data once for a process: neighbouring cells mostly share them."""
-    return pvae.data.load(**json.loads(arguments), root=root, download=download)
-
-
 def _alone(
-    study: Study, scale: str, cells: Sequence[Cell], context: Context
+    study: AnyStudy, scale: str, cells: Sequence[Cell], context: Context
 ) -> Generator[Record, None, None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -176,7 +159,7 @@ def _alone(
 
 
 def _spread(
-    study: Study, scale: str, cells: Sequence[Cell], context: Context, jobs: int
+    study: AnyStudy, scale: str, cells: Sequence[Cell], context: Context, jobs: int
 ) -> Generator[Record, None, None]:
     """Hand cells to workers as they become free, and yield records as they come back."""
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used torch may hang
@@ -224,7 +207,7 @@ def _answer(pipe: Any, worker: Any) -> Record:
     raise answer
 
 
-def _work(pipe: "Connection[Any, Any]", study: Study, scale: str, context: Context) -> None:
+def _work(pipe: "Connection[Any, Any]", study: AnyStudy, scale: str, context: Context) -> None:
     """Run the cells that come through the pipe until nobody sends any more."""
     torch.set_num_threads(1)
     while True:

@@ -1,10 +1,14 @@
 """The studies by name."""
 
 from .cvae_nf import CVAENF
+from .density import DensityStudy
+from .divae import DiVAEStudy
 from .five import FiveStudy
-from .study import Study
+from .study import AnyStudy
 from .x_vae import XVAEStudy
 
 __all__ = ["STUDIES"]
 
-STUDIES: dict[str, Study] = {study.name: study for study in (CVAENF(), XVAEStudy(), FiveStudy())}
+STUDIES: dict[str, AnyStudy] = {
+    study.name: study for study in (CVAENF(), XVAEStudy(), FiveStudy(), DiVAEStudy(), DensityStudy())
+}

@@ -1,5 +1,6 @@
-"""What a study is: configurations times seeds, each cell trained and measured once, in any order."""
+"""What a study is: configurations times seeds, each cell run once, in any order."""
 
+import functools
 import hashlib
 import json
 import math
@@ -11,14 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import pvae.data
 from pvae.data import Data
+from pvae.inference import NonFiniteLoss
 
 from ..spec import Spec, load_spec
 
 if TYPE_CHECKING:
     from .ledger import Record
 
-__all__ = ["SCALES", "Cell", "Context", "Metrics", "Scale", "Source", "Study", "plain"]
+__all__ = [
+    "SCALES",
+    "AnyStudy",
+    "Cell",
+    "Context",
+    "Metrics",
+    "Outcome",
+    "Scale",
+    "Source",
+    "Study",
+    "plain",
+]
 
 SCALES = ("smoke", "cpu", "full")
 """How much is spent: seconds, under two hours of two cores, or a day or a GPU."""
@@ -82,14 +96,14 @@ class Cell:
     Attributes:
         factors: What sets the configuration apart, ``data`` first.
         seed: Seed of training and measurement.
-        recipe: Recipe that it starts from.
+        recipe: Recipe that it starts from; empty where nothing is trained.
         overrides: Changes of the recipe.
         seconds: Expected wall time on one core.
     """
 
     factors: Mapping[str, str]
     seed: int
-    recipe: str
+    recipe: str = ""
     overrides: tuple[str, ...] = ()
     seconds: float = field(default=60.0, compare=False)
 
@@ -111,7 +125,7 @@ class Cell:
 
         Keys at their defaults are left out, so that a ledger outlives new ones.
         """
-        spec = self.spec().model_dump(mode="json", exclude_defaults=True)
+        spec = self.spec().model_dump(mode="json", exclude_defaults=True) if self.recipe else {}
         for table in ("description", "evaluate"):  # a study measures by itself
             spec.pop(table, None)
         text = json.dumps([dict(self.factors), self.seed, spec, dict(settings)], sort_keys=True)
@@ -142,8 +156,23 @@ class Context:
         return self.out / "shared"
 
 
-class Study(ABC):
-    """The cells of a paper's study, how one is measured, and what is reported of all.
+@dataclass(frozen=True)
+class Outcome:
+    """What came of running a cell.
+
+    Attributes:
+        protocol: Name and hash of the data; records that share them stand in one table.
+        metrics: What was measured; empty where training diverged.
+        failure: Why there are no metrics, or ``None``.
+    """
+
+    protocol: dict[str, str]
+    metrics: Metrics
+    failure: str | None = None
+
+
+class AnyStudy(ABC):
+    """The cells of a study, how one is run, and what is reported of all.
 
     A study is sent to worker processes, so it lives in a module that can be imported.
 
@@ -162,11 +191,12 @@ class Study(ABC):
         """List the cells in the order in which they run."""
 
     @abstractmethod
-    def measure(self, cell: Cell, spec: Spec, data: Data, context: Context) -> Metrics:
-        """Train and measure one cell.
+    def run(self, cell: Cell, context: Context) -> Outcome:
+        """Do all the work of one cell.
 
         Raises:
-            pvae.inference.NonFiniteLoss: If training diverges, which is recorded as the cell's result.
+            SpecError: If it cannot be built.
+            pvae.data.DataError: If its data cannot be loaded.
         """
 
     @abstractmethod
@@ -186,6 +216,34 @@ class Study(ABC):
         """
         parts = list(only)
         return [cell for cell in self.cells(scale) if all(_within(part, cell.name) for part in parts)]
+
+
+class Study(AnyStudy):
+    """A study whose cells are trainings of a recipe."""
+
+    @abstractmethod
+    def measure(self, cell: Cell, spec: Spec, data: Data, context: Context) -> Metrics:
+        """Train and measure one cell.
+
+        Raises:
+            pvae.inference.NonFiniteLoss: If training diverges, which is recorded as the cell's result.
+        """
+
+    def run(self, cell: Cell, context: Context) -> Outcome:
+        """Load the data of a cell's spec, train and measure; see :meth:`AnyStudy.run`."""
+        spec = cell.spec()
+        data = _load(json.dumps(spec.data.arguments()), context.root, context.download)
+        protocol = {"name": data.name, "hash": data.test.protocol.hash}
+        try:
+            return Outcome(protocol, self.measure(cell, spec, data, context))
+        except NonFiniteLoss as error:
+            return Outcome(protocol, {}, " ".join(str(error).split()))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(arguments: str, root: Path | None, download: bool) -> Data:
+    """Load data once for a process: neighbouring cells mostly share them."""
+    return pvae.data.load(**json.loads(arguments), root=root, download=download)
 
 
 def _within(part: str, name: str) -> bool:

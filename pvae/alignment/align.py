@@ -17,15 +17,15 @@ from .programs import AlignedGuide, AlignedModel, prior_at
 from .targets import DensityLike, Target, Weighting
 from .warmup import LinearWarmup
 
-__all__ = ["Aligned", "align"]
+__all__ = ["PRESETS", "Aligned", "align"]
 
 Kind = Literal["direct", "flow"]
 Preset = Literal["paper", "released"]
 Offset = Literal["auto", "none", "entropy", "learn"] | float
 
-# What the arguments are that are not given. The presets are the paper's text and the code released with it,
-# which differ.
-_PRESETS: dict[str | None, dict[str, Any]] = {
+#: What arguments of :func:`align` are that are not given, by ``preset``: of the paper's text and of the code
+#: released with it, which differ.
+PRESETS: dict[str | None, dict[str, Any]] = {
     None: {
         "offset": "auto",
         "weight": "precision",
@@ -86,6 +86,10 @@ class Aligned(NamedTuple):
         ``log p(z) + log_det`` is what estimates the log-density, in nats, shape ``(N,)``.
         """
         return self.aligner.target.log_density - self.aligner.target(None)[0]
+
+    def log_det_at(self, u: Tensor) -> Tensor:
+        """As :meth:`log_det`, at the embeddings ``u`` of any data, shape ``(M, d)``: nats, shape ``(M,)``."""
+        return self.aligner.target.log_det_at(u)
 
     def report(self) -> Feasibility:
         """Compare the targets with the prior as both are now."""
@@ -193,7 +197,7 @@ def align(
             raise TypeError(f"{name} must be an nn.Module, got {type(program).__name__}")
         if isinstance(program, AlignedModel | AlignedGuide):
             raise ValueError(f"{name} must be a bare program, got one that is aligned already")
-    if preset not in _PRESETS:
+    if preset not in PRESETS:
         raise ValueError(f"preset must be 'paper', 'released' or None, got {preset!r}")
     given = {
         "offset": offset,
@@ -202,7 +206,7 @@ def align(
         "estimator": estimator,
         "reduction": reduction,
     }
-    chosen = _PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+    chosen = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
     settings = {"weight": chosen["weight"], "normalize": chosen["normalize"], "floor": floor, "clip": clip}
     if kind not in ("direct", "flow"):
         raise ValueError(f"kind must be 'direct' or 'flow', got {kind!r}")

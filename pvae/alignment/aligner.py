@@ -125,12 +125,20 @@ class Aligner(nn.Module):
             ValueError: If the posterior is needed and the guide has not run.
         """
         target, weight = self.target(rows)
-        # Of this moment, whenever the factor is evaluated.
-        gamma = self.gamma.clone()
+        # The weight is that of this moment, whenever the factor is evaluated; and what needs no gradient is
+        # done first, since on a small net every operation that does is felt.
+        aim = target - self.offset
+        if self.reduction == "rms":
+            gamma = -self.gamma
 
-        def factor(s: Tensor) -> Tensor:
-            loss = weight * huber(s - (target - self.offset), self.delta)
-            return -gamma * (_root_mean(loss) if self.reduction == "rms" else loss)
+            def factor(s: Tensor) -> Tensor:
+                return gamma * _root_mean(weight * huber(s, aim, self.delta))
+
+        else:
+            heavy = weight * -self.gamma
+
+            def factor(s: Tensor) -> Tensor:
+                return heavy * huber(s, aim, self.delta)
 
         q, self._posterior = self._posterior, None
         if self.estimator == "sample" or (q is None and not torch.is_grad_enabled()):
@@ -153,10 +161,11 @@ class Aligner(nn.Module):
 
     def at(self, index: Tensor) -> None:
         """Take the positions of the data that come next, int64, shape ``(B,)``, in place."""
-        if self.index.shape != index.shape:
+        ours = self.index
+        if ours.shape != index.shape:
             # The tensor stays the same one: a traced step holds it.
-            self.index.resize_(index.shape)
-        self.index.copy_(index)
+            ours.resize_(index.shape)
+        ours.copy_(index)
 
     def forget(self) -> None:
         """Know nothing of a batch any more, so that no later one is aligned with its targets."""
@@ -207,11 +216,12 @@ class Aligner(nn.Module):
         return torch.tensor(list(digest), dtype=torch.uint8)
 
 
-def huber(residual: Tensor, delta: float) -> Tensor:
-    """Return Huber's loss of residuals, element by element; half their square where ``delta`` is infinite."""
+def huber(s: Tensor, aim: Tensor, delta: float) -> Tensor:
+    """Return Huber's loss of ``s - aim``, element by element; half its square where ``delta`` is infinite."""
     if math.isinf(delta):
-        return 0.5 * residual.square()
-    return F.huber_loss(residual, torch.zeros_like(residual), reduction="none", delta=delta)
+        return 0.5 * (s - aim).square()
+    aim = aim if aim.shape == s.shape else aim.expand_as(s)
+    return F.huber_loss(s, aim, reduction="none", delta=delta)
 
 
 def _root_mean(loss: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class DensityFactor(dist.Unit):
 
     def of(self, log_prob: Tensor) -> Tensor:
         """Return the factor where the other site has this log-density, shape ``batch_shape``."""
-        return self._function(log_prob).expand(self.batch_shape)
+        factor = self._function(log_prob)
+        return factor if factor.shape == self.batch_shape else factor.expand(self.batch_shape)
 
     @cached_property
     def log_factor(self) -> Tensor:

@@ -51,7 +51,9 @@ class FlowTarget(Target):
     """
 
     u: Tensor
+    loc: Tensor
     scale: Tensor
+    log_scale: Tensor
 
     def __init__(
         self,
@@ -76,8 +78,11 @@ class FlowTarget(Target):
         scale = u.std(0, correction=0)
         if not (scale > 0).all():
             raise ValueError("embedding must vary in every column, got a constant one")
-        self.register_buffer("u", (u - u.mean(0)) / scale, persistent=False)
-        self.register_buffer("scale", scale if in_units else torch.ones_like(scale), persistent=False)
+        loc, log_scale = u.mean(0), scale.log().sum()
+        self.register_buffer("u", (u - loc) / scale, persistent=False)
+        self.register_buffer("loc", loc, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("log_scale", log_scale if in_units else log_scale * 0, persistent=False)
         self.flow: Any = CouplingFlow(u.shape[1], 8, hidden=128) if flow is None else flow
         came = getattr(self.flow, "z_dim", u.shape[1])
         if came != u.shape[1]:
@@ -101,6 +106,23 @@ class FlowTarget(Target):
     def log_det(self, rows: Tensor | None = None) -> Tensor:
         """Return log |det dg/du| at the data of ``rows`` (of all if ``None``), in nats, shape ``(B,)``."""
         return self._image(self.u if rows is None else self.u.index_select(0, rows))[1]
+
+    @torch.no_grad()
+    def log_det_at(self, u: Tensor) -> Tensor:
+        """Return log |det dg/du| at any embeddings, in nats, as :meth:`log_det` does at those of the data.
+
+        Args:
+            u: As the density's embedding, not standardised, shape ``(M, d)``.
+
+        Returns:
+            Shape ``(M,)``.
+
+        Raises:
+            ValueError: If ``u`` has another width.
+        """
+        if u.ndim != 2 or u.shape[1] != len(self.loc):
+            raise ValueError(f"u must have shape (M, {len(self.loc)}), got {tuple(u.shape)}")
+        return self._image((u.to(self.loc) - self.loc) / self.scale)[1]
 
     def step(self, prior: Any, rows: Tensor, first: bool) -> None:
         """Take the flow's step on the data at ``rows``; before the ``first`` also those that come before it.
@@ -174,7 +196,7 @@ class FlowTarget(Target):
     def _image(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return g(u) and log |det dg/du| for standardised u."""
         z, log_det = _both(self.flow.condition(None), u)
-        return z, log_det - self.scale.log().sum()
+        return z, log_det - self.log_scale
 
 
 def _both(transform: Transform, u: Tensor) -> tuple[Tensor, Tensor]:

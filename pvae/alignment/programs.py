@@ -69,9 +69,10 @@ class AlignedModel(_Aligned):
             ValueError: If the site is missing or is no latent with a density of its own, the rows of the
                 batch are not known, or the posterior is needed and not there.
         """
-        if not self.training or self.aligner.off:
+        aligner = self.aligner
+        if not self.training or aligner.off:
             return self.bare(*args, **kwargs)
-        with _Emit(self.aligner) as emitted:
+        with _Emit(aligner) as emitted:
             value = self.bare(*args, **kwargs)
         emitted.check()
         return value
@@ -122,12 +123,14 @@ class AlignedModel(_Aligned):
             step: Number of the step, from 0.
             total_steps: Number of steps in all.
         """
-        self.aligner.at(index)
-        self.aligner.move(step, total_steps)
-        if self.aligner.target.own_training and not self.aligner.off:
+        aligner = self.aligner
+        aligner.at(index)
+        aligner.move(step, total_steps)
+        target = aligner.target
+        if target.own_training and not aligner.off:
             with torch.no_grad():
-                prior = prior_at(self.bare, self.aligner.site, args)
-            self.aligner.target.step(prior, index, first=step == 0)
+                prior = prior_at(self.bare, aligner.site, args)
+            target.step(prior, index, first=step == 0)
 
     def training_state(self) -> dict[str, Tensor]:
         """What training changes beside the program, for a checkpoint."""
@@ -179,26 +182,26 @@ class _Emit(Messenger):
 
     def __init__(self, aligner: Aligner) -> None:
         super().__init__()
-        self.aligner = aligner
+        self.aligner, self.site, self.factor_name = aligner, aligner.site, aligner.factor_name
         self.subsamples: dict[str, Tensor] = {}
         self.latents: list[str] = []
         self.seen: list[str] = []
 
     def check(self) -> None:
         """Refuse a program that has run without the site."""
-        if self.aligner.site not in self.seen:
+        if self.site not in self.seen:
             sites = ", ".join(map(repr, self.seen)) or "none"
-            raise ValueError(f"site must be a latent of the model, got {self.aligner.site!r} beside {sites}")
+            raise ValueError(f"site must be a latent of the model, got {self.site!r} beside {sites}")
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] != self.aligner.factor_name:
+        if msg["name"] != self.factor_name:
             return
         # Of messengers inside this one; what stands around the whole program weighs everything alike.
         wanted = math.prod((f.full_size or f.size) / f.size for f in msg["cond_indep_stack"])
         scale = msg["scale"]
         if isinstance(scale, Tensor) or not math.isclose(scale, wanted, rel_tol=1e-6):
             raise ValueError(
-                f"the alignment at site {self.aligner.site!r} must have the weight of its plates alone, "
+                f"the alignment at site {self.site!r} must have the weight of its plates alone, "
                 f"{wanted:g}, got another one from a poutine.scale around the site: weigh the KL by the "
                 "objective (beta_warmup), or by a messenger that scales the site of that name and no other"
             )
@@ -209,11 +212,11 @@ class _Emit(Messenger):
             self.subsamples[name] = msg["value"]
             return
         self.seen.append(name)
-        if name == self.aligner.site:
+        if name == self.site:
             self._check_site(msg)
             factor, made_of = self.aligner(fn, msg["value"], self._rows(msg["cond_indep_stack"]))
             infer = {"is_auxiliary": True, TRAINING_ONLY: made_of}
-            pyro.sample(self.aligner.factor_name, factor, obs=factor.sample(), infer=infer)
+            pyro.sample(self.factor_name, factor, obs=factor.sample(), infer=infer)
         elif not msg["is_observed"]:
             self.latents.append(name)
 
@@ -237,14 +240,15 @@ class _Emit(Messenger):
         aligner = self.aligner
         frame = next((f for f in frames if f.dim == -1), None)
         if frame is None:
-            raise ValueError(f"site {aligner.site!r} must lie in the plate over the data, at dim -1")
-        if aligner.index.numel():
-            if len(aligner.index) != frame.size:
+            raise ValueError(f"site {self.site!r} must lie in the plate over the data, at dim -1")
+        index = aligner.index
+        if index.numel():
+            if len(index) != frame.size:
                 raise ValueError(
                     f"the model must be told of each batch by on_step or on_batch: the plate {frame.name!r} "
-                    f"has {frame.size} data, the last batch {len(aligner.index)}"
+                    f"has {frame.size} data, the last batch {len(index)}"
                 )
-            return aligner.index
+            return index
         if frame.full_size == len(aligner.target):
             return self.subsamples.get(frame.name)
         raise ValueError(

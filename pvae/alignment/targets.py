@@ -98,6 +98,10 @@ class Target(nn.Module):
     def step(self, prior: Any, rows: Tensor, first: bool) -> None:
         """Take a training step of the target's own; a direct target has none."""
 
+    def log_det_at(self, u: Tensor) -> Tensor:
+        """Return what targets would be below the log-density by at embeddings ``(M, d)``: zeros ``(M,)``."""
+        return self.log_density.new_zeros(len(u))
+
     @property
     def own_training(self) -> bool:
         """Whether :meth:`step` does anything."""

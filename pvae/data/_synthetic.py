@@ -1,6 +1,7 @@
 """What synthetic sets share: parts of given sizes, and the log-density of Gaussians on many centres."""
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +43,7 @@ def known_source(
     num_train: int,
     num_test: int,
     class_names: tuple[str, ...] | None = None,
+    log_density_intrinsic: Callable[[Tensor], Tensor] | None = None,
 ) -> Source:
     """Draw each part from a stream of its own, so that its size does not change the others.
 
@@ -54,6 +56,7 @@ def known_source(
         num_train: Size of the training part.
         num_test: Size of the test part.
         class_names: Name of each label.
+        log_density_intrinsic: Log-density on the plane of the data, where they lie on one.
     """
     sizes = {
         "train": num_train,
@@ -78,6 +81,7 @@ def known_source(
         parts=parts,
         class_names=class_names,
         log_density=truth.log_density,
+        log_density_intrinsic=log_density_intrinsic,
         truth=truth,
     )
 

@@ -35,6 +35,10 @@ class Data:
         attribute_names: Name of each column of ``y``, or ``None``.
         log_density: For synthetic data the exact log p(x) in nats, ``(*batch, *x_shape) -> (*batch,)``,
             else ``None``.
+        log_density_intrinsic: For synthetic data on a plane with thin noise across it the exact log-density
+            of the datum's own coordinates in the plane, in nats per volume of the plane, of the same shapes,
+            else ``None``. A density of codes or of a projection can know this one, not the density of the
+            noise. ``truth.project`` gives the coordinates.
         truth: For synthetic data the object it was drawn from, with its parameters, else ``None``.
     """
 
@@ -45,6 +49,7 @@ class Data:
         protocol: Protocol,
         num_classes: int | None = None,
         log_density: Callable[[Tensor], Tensor] | None = None,
+        log_density_intrinsic: Callable[[Tensor], Tensor] | None = None,
         truth: Any = None,
     ) -> None:
         if not splits or not set(splits) <= set(PARTS):
@@ -61,6 +66,7 @@ class Data:
         self.class_names = first.class_names
         self.attribute_names = first.attribute_names
         self.log_density = log_density
+        self.log_density_intrinsic = log_density_intrinsic
         self.truth = truth
 
     @property
@@ -85,6 +91,7 @@ class Data:
             protocol=self.protocol,
             num_classes=self.num_classes,
             log_density=self.log_density,
+            log_density_intrinsic=self.log_density_intrinsic,
             truth=self.truth,
         )
 
@@ -132,6 +139,8 @@ class Source:
         class_names: Name of each class.
         attribute_names: Name of each column of ``y``.
         log_density: Exact log-density in nats, where known.
+        log_density_intrinsic: Exact log-density of the coordinates in the plane of the data, where they have
+            one; then ``truth`` has ``project``.
         truth: What synthetic data were drawn from.
         streams: What is read later, in place of ``parts``.
     """
@@ -146,6 +155,7 @@ class Source:
     class_names: tuple[str, ...] | None = None
     attribute_names: tuple[str, ...] | None = None
     log_density: Callable[[Tensor], Tensor] | None = None
+    log_density_intrinsic: Callable[[Tensor], Tensor] | None = None
     truth: Any = None
     streams: Streams | None = None
 
@@ -191,6 +201,7 @@ def assemble(name: str, source: Source, choice: Choice) -> Data:
         protocol=protocol,
         num_classes=count_classes(source.class_names, [y for _, y in parts.values()]),
         log_density=source.log_density,
+        log_density_intrinsic=source.log_density_intrinsic,
         truth=source.truth,
     )
 

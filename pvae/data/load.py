@@ -13,6 +13,7 @@ from .celeba import celeba
 from .cifar10 import cifar10
 from .dataset import Choice, Data, Source, assemble
 from .digits import digits
+from .embedded_mixture import embedded_mixture
 from .errors import DataError
 from .freyfaces import freyfaces
 from .gaussian_mixture import gaussian_mixture
@@ -42,6 +43,7 @@ _LOADERS: dict[str, Callable[..., Source]] = {
         celeba,
         sprites,
         gaussian_mixture,
+        embedded_mixture,
         two_moons,
         manifold,
         saddle,
@@ -86,14 +88,15 @@ def load(
                                                                    ``in_memory, num_workers``
     ``sprites``            (1, 32, 32)    8000 / 1000 / 2000       ``balanced``
     ``gaussian_mixture``   (2,)           10000 / 2000 / 5000      ``components, layout, radius, std``
+    ``embedded_mixture``   (dim,)         20000 / 2000 / 5000      ``num_components, dim, variant, law``
     ``two_moons``          (2,)           10000 / 2000 / 5000      ``noise``
     ``manifold``           (2,)           10000 / 2000 / 5000      ``noise``
     ``saddle``             (3,)           10000 / 2000 / 5000      ``curvature, noise``
     ``ppca``               (x_dim,)       10000 / 2000 / 5000      ``x_dim, z_dim, noise``
     =====================  =============  =======================  ======================================
 
-    The last five and ``sprites`` are drawn by ``seed``, take ``num_train`` and ``num_test``, and tell their
-    truth in ``data.truth``; the last five have ``data.log_density``. ``digits`` comes with scikit-learn;
+    The last six and ``sprites`` are drawn by ``seed``, take ``num_train`` and ``num_test``, and tell their
+    truth in ``data.truth``; the last six have ``data.log_density``. ``digits`` comes with scikit-learn;
     the others are files. ``celeba`` is read by worker processes as it is needed, unless it is small.
 
     Args:

@@ -112,6 +112,26 @@ def test_log_det_is_that_of_the_jacobian(make: Any) -> None:
         assert target.log_det(torch.tensor([i])).item() == pytest.approx(wanted.item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("in_units", [True, False])
+def test_log_det_at_new_embeddings_is_that_of_the_jacobian(in_units: bool) -> None:
+    torch.manual_seed(2)
+    rho = density()
+    target = FlowTarget(rho, CouplingFlow(2, 3, hidden=6), in_units=in_units)
+    with torch.no_grad():
+        for parameter in target.flow.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    shift, scale = rho.embedding.mean(0), rho.embedding.std(0, correction=0)
+    transform, new = target.flow.condition(None), torch.randn(3, 2) * 4
+    units = 0.0 if in_units else scale.log().sum().item()  # which the released code leaves out
+    for u, ours in zip(new, target.log_det_at(new), strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda v: transform((v - shift) / scale), u)
+        wanted = torch.linalg.slogdet(jacobian).logabsdet.item() + units
+        assert ours.item() == pytest.approx(wanted, abs=1e-9)
+    torch.testing.assert_close(target.log_det_at(rho.embedding), target.log_det(), rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match=r"u must have shape \(M, 2\), got \(4, 3\)"):
+        target.log_det_at(torch.randn(4, 3))
+
+
 @pytest.mark.parametrize("prior", ["normal", "vamp", "flow"])
 @pytest.mark.filterwarnings("ignore:a flow takes up the scale")
 def test_its_step_is_that_of_its_likelihood_and_moves_nobody_else(prior: str) -> None:
@@ -194,7 +214,10 @@ def test_the_log_determinant_is_what_the_targets_lack() -> None:
     target: Any = aligned.aligner.target
     torch.testing.assert_close(aligned.log_det(), target.log_det())
     torch.testing.assert_close(aligned.targets(), rho.log_density - target.log_det() - 0.7)
-    assert (align(*programs(), rho).log_det() == 0).all()
+    torch.testing.assert_close(aligned.log_det_at(rho.embedding), aligned.log_det())
+    direct = align(*programs(), rho)
+    assert (direct.log_det() == 0).all()
+    assert torch.equal(direct.log_det_at(rho.embedding[:3]), torch.zeros(3))
 
 
 @pytest.mark.parametrize(

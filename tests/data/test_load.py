@@ -21,6 +21,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "cifar10": (3_000, 500, 500),
     "sprites": (8_000, 1_000, 2_000),
     "gaussian_mixture": (10_000, 2_000, 5_000),
+    "embedded_mixture": (20_000, 2_000, 5_000),
     "two_moons": (10_000, 2_000, 5_000),
     "manifold": (10_000, 2_000, 5_000),
     "saddle": (10_000, 2_000, 5_000),
@@ -32,6 +33,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "cifar10": (3, 32, 32),
     "sprites": (1, 32, 32),
     "gaussian_mixture": (2,),
+    "embedded_mixture": (50,),
     "two_moons": (2,),
     "manifold": (2,),
     "saddle": (3,),
@@ -40,16 +42,28 @@ SHAPES: dict[str, tuple[int, ...]] = {
 VALUES = {
     **dict.fromkeys(("digits", "mnist", "kmnist", "emnist", "omniglot", "binarized_mnist"), "binary"),
     **dict.fromkeys(("fashion_mnist", "freyfaces", "cifar10", "sprites"), "unit"),
-    **dict.fromkeys(("gaussian_mixture", "two_moons", "manifold", "saddle", "ppca"), "real"),
+    **dict.fromkeys(
+        ("gaussian_mixture", "embedded_mixture", "two_moons", "manifold", "saddle", "ppca"), "real"
+    ),
 }
 CLASSES = {
     **dict.fromkeys(("digits", "mnist", "fashion_mnist", "kmnist", "cifar10"), 10),
     "emnist": 26,
     "omniglot": 50,
     "gaussian_mixture": 8,
+    "embedded_mixture": 4,
     "two_moons": 2,
 }
-DRAWN = {"digits", "sprites", "gaussian_mixture", "two_moons", "manifold", "saddle", "ppca"}
+DRAWN = {
+    "digits",
+    "sprites",
+    "gaussian_mixture",
+    "embedded_mixture",
+    "two_moons",
+    "manifold",
+    "saddle",
+    "ppca",
+}
 
 
 def test_names_are_these() -> None:

@@ -232,7 +232,14 @@ def test_ppca_samples_follow_the_density() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*PLANAR, ("saddle", {}), ("saddle", {"curvature": 2.0, "noise": 0.3}), ("ppca", {})]
+    ("name", "options"),
+    [
+        *PLANAR,
+        ("saddle", {}),
+        ("saddle", {"curvature": 2.0, "noise": 0.3}),
+        ("ppca", {}),
+        ("embedded_mixture", {}),
+    ],
 )
 def test_density_keeps_shape_type_and_gradient(name: str, options: dict[str, Any]) -> None:
     data = load(name, num_train=6, **options)
@@ -273,7 +280,9 @@ def test_labels() -> None:
     assert load("manifold").train.y is load("saddle").train.y is None
 
 
-@pytest.mark.parametrize("name", ["gaussian_mixture", "two_moons", "manifold", "saddle", "ppca"])
+@pytest.mark.parametrize(
+    "name", ["gaussian_mixture", "embedded_mixture", "two_moons", "manifold", "saddle", "ppca"]
+)
 def test_parts_are_pure_functions_of_the_seed(name: str) -> None:
     data = load(name)
     torch.manual_seed(1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import pvae
 from pvae.alignment import align
@@ -125,6 +126,35 @@ def test_the_known_density_of_synthetic_data(tmp_path: Path) -> None:
     torch.testing.assert_close(kept.log_density, run.data.log_density(run.data.train.x.double()))
     with pytest.raises(SpecError, match="needs data with a known density, but digits has none"):
         train(load_spec("vae", [*SMALL, "align.estimator=exact"]), tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize(("kind", "prior"), [("direct", "mixture"), ("flow", "normal")])
+def test_the_known_density_of_data_on_a_plane_is_that_of_the_plane(
+    kind: str, prior: str, tmp_path: Path
+) -> None:
+    changes = [
+        "data=embedded_mixture",
+        "data.binarize=none",
+        "data.dim=6",
+        "data.num_train=300",
+        "likelihood=normal",
+        "fit.epochs=1",
+        "evaluate.after_training=false",
+        f"prior={prior}",
+        f"align={kind}",
+        "align.estimator=exact",
+    ]
+    spec = load_spec("vae", [*SMALL, *changes, "z_dim=2"])
+    train(spec, tmp_path / "run", progress=False)
+    data, kept = open_run(tmp_path / "run").data, DensityTarget.load(tmp_path / "run" / "density.safetensors")
+    assert kept.embedding is not None
+    plane = data.train.x.double() @ data.truth.rotation[:, :2]
+    torch.testing.assert_close(kept.embedding, plane)
+    mixture = MixtureSameFamily(
+        Categorical(torch.ones(4, dtype=torch.float64)),
+        Independent(Normal(data.truth.means, data.truth.stds), 1),
+    )
+    torch.testing.assert_close(kept.log_density, mixture.log_prob(plane))
 
 
 def test_a_folder_of_densities_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from typer.testing import CliRunner, Result
 
 import pvae.data
 from pvae.data import CorruptData, Data, DataError, MissingData, from_tensors
 from pvae.evaluation import density_agreement, latent_scores
 from pvae.experiments import SpecError, diagnosing, load_spec, open_run
+from pvae.experiments.aligning import log_det_of_run
 from pvae.experiments.cli import app
 from pvae.experiments.diagnosing import Known, Wanted, density_of, diagnose, load_outside
 from pvae.experiments.jobs import train
-from pvae.experiments.runs import RunFolder
+from pvae.experiments.runs import RunError, RunFolder
+from pvae.inference.checkpoint import load as load_checkpoint
+from pvae.priors import CouplingFlow
 
 SMALL = [
     "data=gaussian_mixture",
@@ -184,6 +188,126 @@ def test_a_conditional_run_gives_data_from_elsewhere_a_label(runs: Path, tmp_pat
     exact = run.data.log_density(test.x.double())
     expected = density_agreement(own.log_p_mean, exact).pearson.value
     assert record["density"]["at the mean"]["measures"]["pearson"]["value"] == pytest.approx(expected)
+
+
+def test_data_on_a_plane_are_compared_with_their_density_in_it(tmp_path: Path) -> None:
+    changes = [*SMALL, "data=embedded_mixture", "data.dim=6", "fit.steps=2"]
+    train(load_spec("vae", changes), tmp_path / "run", progress=False)
+    run = open_run(tmp_path / "run")
+    found = diagnose(run, Wanted(num_samples=2), progress=False)
+    assert found.agreement is not None
+    plane = run.data.test.x.double() @ run.data.truth.rotation[:, :2]
+    mixture = MixtureSameFamily(
+        Categorical(torch.ones(4, dtype=torch.float64)),
+        Independent(Normal(run.data.truth.means, run.data.truth.stds), 1),
+    )
+    own = latent_scores(*run.program, run.data.test, num_samples=2)
+    expected = density_agreement(own.log_p_mean, mixture.log_prob(plane))
+    for name in ("ks", "pearson", "offset"):
+        value = getattr(expected, name).value
+        assert getattr(found.agreement["at the mean"], name).value == pytest.approx(value, abs=1e-9)
+
+
+THROUGH_FLOW = [
+    "align=flow",
+    "align.dim=2",
+    "align.max_neighbors=40",
+    "align.flow_layers=2",
+    "align.flow_hidden=8",
+    "prior=normal",
+]
+
+
+def _through_flow(path: Path, *changes: str) -> Path:
+    """A short run that was aligned through a flow."""
+    train(load_spec("vae", [*SMALL, *THROUGH_FLOW, "fit.steps=12", *changes]), path, progress=False)
+    return path
+
+
+def _by_hand(run: Any, train_u: Tensor, u: Tensor) -> Tensor:
+    """The log-determinant of a kept flow of two dimensions, through the Jacobian of every datum."""
+    state, _ = load_checkpoint(run.folder.path, "flow")
+    flow = CouplingFlow(2, 2, hidden=8)
+    flow.load_state_dict(state)
+    transform = flow.double().condition(None)
+    shift, scale = train_u.mean(0), train_u.std(0, correction=0)
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda v: transform((v - shift) / scale), row) for row in u
+    ]
+    return torch.linalg.slogdet(torch.stack(jacobians)).logabsdet
+
+
+def test_a_run_through_a_flow_is_scored_with_its_log_determinant_too(tmp_path: Path) -> None:
+    path = _through_flow(tmp_path / "flow")
+    run = open_run(path)
+    found = diagnose(run, Wanted(num_data=50), progress=False)
+    assert found.agreement is not None
+    assert found.no_flow is None
+    test = run.data.test[torch.linspace(0, 199, 50, dtype=torch.float64).long()]
+    log_det = _by_hand(run, run.data.train.x.double(), test.x.double())
+    assert log_det.std() > 0
+    own = latent_scores(*run.program, test)
+    assert run.data.log_density is not None
+    exact = run.data.log_density(test.x.double())
+    for at, s in (("drawn", own.log_p_draw), ("at the mean", own.log_p_mean)):
+        assert found.agreement[at] == density_agreement(s, exact)
+        ours = found.agreement[f"{at}, with log det"].measures()
+        for name, wanted in density_agreement(s + log_det, exact).measures().items():
+            assert ours[name].value == pytest.approx(wanted.value, abs=1e-6), name
+    text = found.to_text()
+    for what in ("log p(z)", "log p(z) + log det g'(u)"):
+        for at in ("drawn", "at the mean"):
+            assert f"\n{what} against the density, z {at}\n\n| {what} against the density |" in text
+        assert f"\n| slope of {what} |" in text
+    record = json.loads((path / "diagnosis.json").read_text())[-1]
+    both = ["drawn", "at the mean"]
+    assert list(record["density"]) == [*both, *(f"{at}, with log det" for at in both)]
+    assert record["no_flow"] is None
+
+
+@pytest.mark.parametrize("dim", [2, 5])
+def test_the_embedding_of_a_known_density_is_found_again(dim: int, tmp_path: Path) -> None:
+    data = [] if dim == 2 else ["data=embedded_mixture", "data.dim=5"]
+    changes = [*data, "align.estimator=exact", "align.preset=released"]
+    run = open_run(_through_flow(tmp_path / "flow", *changes))
+    train_x, x = run.data.train.x.double(), run.data.test.x[:20]
+    project = run.data.truth.project if dim == 5 else Tensor.double
+    u = project(train_x)
+    # (The released code leaves the units of u out.)
+    wanted = _by_hand(run, u, project(x.double())) + u.std(0, correction=0).log().sum()
+    torch.testing.assert_close(log_det_of_run(run, x), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_flow_that_is_not_kept_or_damaged_is_said_and_kept_by_a_resumption(tmp_path: Path) -> None:
+    path = _through_flow(tmp_path / "flow")
+    pointer = path / "checkpoints" / "flow.json"
+    kept = pointer.read_text()
+    file = path / "checkpoints" / json.loads(kept)["file"]
+    weights = file.read_bytes()
+    file.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    found = diagnose(open_run(path), Wanted(num_data=40), progress=False)
+    assert found.no_flow is not None
+    assert "is damaged: its checksum is not that in flow.json" in found.no_flow
+    # As an earlier version left it.
+    pointer.unlink()
+    file.unlink()
+    text = command("diagnose", path, "--num-data", 40).stdout
+    said = f"{path} holds no flow, as training has not ended or was that of an earlier version: "
+    assert f"log p(z) + log det g'(u) against the density\n\nnot scored: {said}pvae train {path}" in text
+    assert "log p(z) against the density, z drawn" in text
+    assert list(json.loads((path / "diagnosis.json").read_text())[-1]["density"]) == ["drawn", "at the mean"]
+    train(load_spec(path), path, resume=True, progress=False)
+    assert (pointer.read_text(), file.read_bytes()) == (kept, weights)
+
+
+def test_runs_without_a_flow_keep_none(runs: Path, tmp_path: Path) -> None:
+    path = _through_flow(tmp_path / "off", "align.gamma=0.0", "align.warmup=0.0", "fit.steps=2")
+    for folder in (runs / "plain", path):
+        assert not (folder / "checkpoints" / "flow.json").exists()
+    with pytest.raises(RunError, match="was not aligned through a flow"):
+        log_det_of_run(open_run(runs / "plain"), torch.zeros(1, 2))
+    with pytest.raises(RunError, match="holds no flow"):
+        log_det_of_run(open_run(path), torch.zeros(1, 2))
 
 
 class _Target:

@@ -233,6 +233,102 @@ def test_scales_that_a_prior_uses_are_trained() -> None:
     assert counts == [361, 361]
 
 
+def _aligned(*overrides: str, known: bool = True) -> list[str]:
+    """The lines of an alignment, the heading taken off."""
+    spec = _spec("posterior=normal", *overrides)
+    text = explain(spec, spec.load_data() if known else None)
+    lines = re.search(r"^alignment {3}(.*(?:\n {12}.*)*)", text, re.MULTILINE)
+    assert lines is not None
+    return re.split(r"\n {12}", lines[1])
+
+
+def test_a_direct_alignment_is_said_symbol_by_symbol() -> None:
+    said = [
+        "− γ w h(s − (t − c))  at the factor z_align, added in training alone: no score has it",
+        "h(r) = ½ r², linear beyond |r| = 1",
+        "s = log p(z) at the draw of z that is decoded",
+        "t = ρ",
+        "ρ ± σ: the log-density of u by pak, u the 10 leading principal components of x, per length to the "
+        "power of its intrinsic dimension by TWO-NN",
+        "c = mean ρ − E log p(z) under p(z), so that entropies match",
+        "w = 1 / σ², divided by its mean",
+        "γ from 0 to 1 over the first 50 % of training",
+    ]
+    assert _aligned("align=direct") == said
+    said[5] += "; 0 under a prior with parameters"
+    assert _aligned("align=direct", known=False) == said
+    # A prior with parameters takes the constant up.
+    learned = _aligned("align=direct", "prior=mixture")
+    assert learned == [said[0].replace("(t − c)", "t"), *said[1:5], *said[6:]]
+    assert "alignment" not in explain(_spec("posterior=normal"), None)
+
+
+def test_an_alignment_through_a_flow_names_what_gives_its_targets() -> None:
+    options = ["align.dim=3", "align.flow_layers=4", "align.flow_hidden=7", "align.pretrain_steps=50"]
+    said = _aligned("align=flow", *options)
+    assert said[0].startswith("− γ w h(s − t)  at the factor z_align")
+    assert said[3] == "t = ρ − log |det ∂g/∂u|"
+    assert said[5] == (
+        "g: ℝ³ → ℝ³, 4 affine couplings of width 7, maximises log p(z = g(u)) + log |det ∂g/∂u| by itself: "
+        "adam at 0.001, a step before each of the model, 50 before the first"
+    )
+    assert "c is learned, from 0" in _aligned("align=flow", "align.offset=learn")
+    assert "t = ρ − log |det ∂g/∂u|, the units of u left out" in _aligned(
+        "align=flow", "align.preset=released"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["preset=released"], "w = 1 / max(σ, 0.001)"),
+        (["preset=released", "weight=precision"], "w = 1 / σ²"),
+        (["preset=paper"], "s = E_q log p(z), in closed form for two normals, else by 16 fresh draws"),
+        (["average=multi", "num_samples=1"], "s = E_q log p(z), by 1 fresh draw"),
+        (["weight=none"], "w = 1"),
+        (["weight=inverse", "floor=0.5", "normalize=false"], "w = 1 / max(√(σ² + 0.5²), 0.001)"),
+        (["floor=0.5", "clip=0.9"], "w = 1 / (σ² + 0.5²), at most its 0.9 quantile, divided by its mean"),
+        (["offset=-3.5"], "c = -3.5"),
+        (["offset=learn"], "c is learned, from mean ρ − E log p(z) under p(z), so that entropies match"),
+        (["delta=2.5"], "h(r) = ½ r², linear beyond |r| = 2.5"),
+        (["gamma=0.3", "warmup=0.0"], "γ = 0.3"),
+        (["gamma=0.3", "warmup=0.25"], "γ from 0 to 0.3 over the first 25 % of training"),
+        (["gamma=0.0", "warmup=0.0"], "none, as γ = 0"),
+        (["detach=guide"], "no gradient of it reaches the guide"),
+        (
+            ["estimator=kde", "projection=random", "dim=4"],
+            "ρ ± σ: the log-density of u by kde, u the 4 random directions of x",
+        ),
+        (
+            ["estimator=kstar", "unit=embedding", "dim=64"],
+            "ρ ± σ: the log-density of u by kstar, u x itself, per length to the power of its width",
+        ),
+        (
+            ["preset=released"],
+            "− γ √(batch mean of w h(s − t))  at the factor z_align, added in training alone: no score has "
+            "it",
+        ),
+    ],
+)
+def test_the_lines_of_an_alignment_follow_its_table(overrides: list[str], line: str) -> None:
+    assert line in _aligned("align=direct", *(f"align.{override}" for override in overrides))
+
+
+def test_a_known_density_is_that_of_the_data_or_of_their_plane() -> None:
+    plane = ["data=gaussian_mixture", "data.num_train=64", "likelihood=normal", "z_dim=2", "align=flow"]
+    said = _aligned(*plane, "align.estimator=exact")
+    assert said[4] == "ρ ± σ: the known log-density of u, x itself"
+    assert said[5].startswith("g: ℝ² → ℝ²")
+    said = _aligned(*plane, "data=embedded_mixture", "data.num_train=64", "align.estimator=exact")
+    assert said[4] == "ρ ± σ: the known log-density of u, the coordinates of x in its plane"
+    assert said[5].startswith("g: ℝ² → ℝ²")
+
+
+def test_an_alignment_sees_the_label_where_its_prior_does() -> None:
+    said = _aligned("model=conditional", "prior=conditional_flow", "align=direct")
+    assert said[2] == "s = log p(z | y) at the draw of z that is decoded"
+
+
 def test_training_only_settings_are_said() -> None:
     settings = [
         "beta_warmup=5",
