@@ -25,7 +25,7 @@ from pvae.evaluation import (
 )
 from pvae.inference import fit
 
-from ..aligning import aligned, estimate
+from ..aligning import aligned, embedded, estimate
 from ..program import Program
 from ..spec import AlignKeys, Spec, load_spec
 from ..stages import pretrain
@@ -319,8 +319,8 @@ class DiVAEStudy(Study):
         if pair is not None and target is not None:
             found |= _training(program, pair, target, data, context.scale.num_data, seed)
             provider = pair.aligner.target
-            if isinstance(provider, FlowTarget) and target.projection is not None:
-                log_det = provider.log_det_at(torch.as_tensor(target.projection(scored.clean))).cpu()
+            if isinstance(provider, FlowTarget):
+                log_det = provider.log_det_at(embedded(target, data, scored.clean)).cpu()
                 found |= _agreement(scores, rho, "flow_", seed, log_det)
         return found
 
