@@ -19,7 +19,7 @@ from .ledger import Record
 from .measures import likelihood, posterior, reconstructions, sigma_of
 from .plots import dots
 from .study import Cell, Context, Metrics, Scale, Source, Study, plain
-from .tables import Column, configurations, differences, markdown, table
+from .tables import Column, configurations, paired, table
 
 __all__ = ["CVAENF"]
 
@@ -183,16 +183,9 @@ class CVAENF(Study):
                 + table(records, ("reference",), _PICTURES)
             )
         for factor, baseline in (("prior", "normal"), ("prior", "gaussian"), ("encoder", "x")):
-            found = differences(records, factor, baseline, _EFFECTS, within=("sigma",))
-            if found:
-                rows = [
-                    [*(_WORDS.get(v, v) for v in levels), *map(str, row)] for levels, row in found.items()
-                ]
-                header = ["sigma", f"{factor}, less {_WORDS.get(baseline, baseline)}"]
-                parts.append(
-                    "Paired differences, averaged over the other factors:\n\n"
-                    + markdown([*header, *(column.title for column in _EFFECTS)], rows)
-                )
+            less = f"{factor}, less {_WORDS.get(baseline, baseline)}"
+            title = "Paired differences, averaged over the other factors"
+            parts += paired(records, factor, baseline, _EFFECTS, _WORDS, less, within=("sigma",), title=title)
         return parts
 
     def figures(self, records: Sequence[Record], stem: Path, title: str) -> list[Path]:

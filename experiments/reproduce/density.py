@@ -25,7 +25,7 @@ from pvae.density.neighbours import Floats
 from .ledger import Record
 from .plots import Trend, trends
 from .study import AnyStudy, Cell, Context, Metrics, Outcome, Scale, plain
-from .tables import Column, OverSeeds, configurations, differences, interval, markdown, table
+from .tables import Column, OverSeeds, configurations, interval, paired, table
 
 __all__ = ["DensityStudy", "Law", "quality"]
 
@@ -244,11 +244,10 @@ class DensityStudy(AnyStudy):
                 columns = [replace(column, key=f"{column.key}_{part}") for column in _ERRORS]
                 parts.append(f"Errors {where}:\n\n" + table(rows, factors, columns, _WORDS))
             parts.append("What was fitted:\n\n" + table(rows, factors, _FIT, _WORDS))
-            found = differences(_main(cells), "estimator", "pak", _EFFECTS, within=("dim",))
-            if found:
-                header = ["dim", "less PAk on the same data", *(column.title for column in _EFFECTS)]
-                lines = [[_WORDS[dim], _WORDS[name], *map(str, row)] for (dim, name), row in found.items()]
-                parts.append(f"Paired differences at new points, K = {_MOST}:\n\n" + markdown(header, lines))
+            less, title = "less PAk on the same data", f"Paired differences at new points, K = {_MOST}"
+            parts += paired(
+                _main(cells), "estimator", "pak", _EFFECTS, _WORDS, less, within=("dim",), title=title
+            )
         return parts
 
     def figures(self, records: Sequence[Record], stem: Path, title: str) -> list[Path]:

@@ -33,7 +33,7 @@ from .judge import evenly
 from .ledger import Record, locked
 from .plots import dots
 from .study import Cell, Context, Metrics, Scale, Source, Study, plain
-from .tables import Column, differences, markdown, table, verdict
+from .tables import Column, differences, markdown, paired, table, verdict
 
 __all__ = ["DiVAEStudy"]
 
@@ -293,10 +293,10 @@ class DiVAEStudy(Study):
         pair, target = None, None
         for part in program:
             part.to(context.device)
-        with (
-            warnings.catch_warnings()
-        ):  # of priors and targets that do not go together: what is measured here
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # of priors and targets that do not go together: the study's subject
             if spec.align is not None:
                 target = _target(spec.align, change, data, context, seed)
                 pair = aligned(spec, program, data, target, context.device)
@@ -333,21 +333,15 @@ class DiVAEStudy(Study):
         parts = [f"{_READING}\n\n{table(main, factors, _AGREEMENT, _WORDS)}"]
         parts += [table(main, factors, columns, _WORDS) for columns in (_LATENTS, outside) if columns]
         effects = (*_EFFECTS, *(c for c in outside if c.key.startswith("auroc") and c.key.endswith("/s")))
-        found = differences(main, "method", "none", effects, within=("prior",))
-        if found:
-            header = ["prior", "less no alignment, same seed", *(column.title for column in effects)]
-            rows = [[_WORDS[prior], _WORDS[name], *map(str, row)] for (prior, name), row in found.items()]
-            parts.append("Paired differences:\n\n" + markdown(header, rows))
+        less = "less no alignment, same seed"
+        parts += paired(main, "method", "none", effects, _WORDS, less, within=("prior",))
         parts += _claims(main, outside)
         if len({record.factors["change"] for record in changed}) > 1:
             parts.append(
                 "What it hangs on: DIRECT as in the paper under a mixture, changed in one thing.\n\n"
                 + table(changed, ("change",), (*_AGREEMENT[:8], *_LATENTS[:2], *_LATENTS[4:10]), _WORDS)
             )
-            found = differences(changed, "change", _AS_IS, effects)
-            header = ["less as it is, same seed", *(column.title for column in effects)]
-            rows = [[_WORDS[name], *map(str, row)] for (name,), row in found.items()]
-            parts.append("Paired differences:\n\n" + markdown(header, rows))
+            parts += paired(changed, "change", _AS_IS, effects, _WORDS, "less as it is, same seed")
         return parts
 
     def figures(self, records: Sequence[Record], stem: Path, title: str) -> list[Path]:

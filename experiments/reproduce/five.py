@@ -25,7 +25,7 @@ from .ledger import Record
 from .measures import likelihood, posterior, sigma_of
 from .plots import Trend, trends
 from .study import Cell, Context, Metrics, Scale, Source, Study, plain
-from .tables import Column, OverSeeds, configurations, differences, interval, markdown, table, verdict
+from .tables import Column, OverSeeds, configurations, differences, interval, markdown, paired, table, verdict
 
 __all__ = ["FiveStudy", "step_seconds"]
 
@@ -357,11 +357,8 @@ class FiveStudy(Study):
                 *measured[1:],
                 *(table(cells, factors, columns, _WORDS) for columns in (_BOUNDS, _LATENTS, _JACOBIANS)),
             ]
-            found = differences(cells, "guide", "diagonal", _EFFECTS, within=("z_dim",))
-            if found:
-                header = ["z_dim", "less the diagonal guide of the same seed", *(c.title for c in _EFFECTS)]
-                rows = [[_WORDS[z_dim], _WORDS[name], *map(str, row)] for (z_dim, name), row in found.items()]
-                parts.append("Paired differences:\n\n" + markdown(header, rows))
+            less = "less the diagonal guide of the same seed"
+            parts += paired(cells, "guide", "diagonal", _EFFECTS, _WORDS, less, within=("z_dim",))
             parts += _claims(cells)
         return parts
 

@@ -17,6 +17,7 @@ __all__ = [
     "differences",
     "interval",
     "markdown",
+    "paired",
     "table",
     "verdict",
 ]
@@ -191,6 +192,33 @@ def table(
         numbers = [interval(_scaled(record, column) for record in measured) for column in shown]
         rows.append([*(words.get(value, value) for value in values), seeds, *map(str, numbers)])
     return markdown([*factors, "seeds", *(column.title for column in shown)], rows)
+
+
+def paired(
+    records: Iterable[Record],
+    factor: str,
+    baseline: str,
+    columns: Sequence[Column],
+    words: Mapping[str, str],
+    less: str,
+    *,
+    within: Sequence[str] = (),
+    title: str = "Paired differences",
+) -> list[str]:
+    """Write the :func:`differences` from a baseline as one table under a title, or nothing if there are none.
+
+    Args:
+        records, factor, baseline, columns, within: As for :func:`differences`.
+        words: How a level reads, where it is not printed as it is.
+        less: Heading of the levels, which says what is subtracted.
+        title: Line above the table, without a colon.
+    """
+    found = differences(records, factor, baseline, columns, within)
+    if not found:
+        return []
+    rows = [[*(words.get(v, v) for v in levels), *map(str, row)] for levels, row in found.items()]
+    header = [*within, less, *(column.title for column in columns)]
+    return [f"{title}:\n\n{markdown(header, rows)}"]
 
 
 def verdict(difference: OverSeeds, sign: int = 1) -> str:

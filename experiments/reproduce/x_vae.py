@@ -31,7 +31,7 @@ from .ledger import Record, locked
 from .measures import likelihood, posterior, reconstructions, sigma_of
 from .plots import curves
 from .study import Cell, Context, Metrics, Scale, Source, Study, plain
-from .tables import Column, configurations, differences, interval, markdown, table
+from .tables import Column, configurations, interval, markdown, paired, table
 
 __all__ = ["XVAEStudy"]
 
@@ -210,11 +210,8 @@ class XVAEStudy(Study):
                 "Real data: training data against test data of the same number.\n\n"
                 + table(records, ("reference",), _QUALITY)
             )
-        found = differences(records, "configuration", "vae", _EFFECTS)
-        if found:
-            rows = [[_WORDS[level], *map(str, row)] for (level,), row in found.items()]
-            header = ["less the standard VAE of the same seed", *(column.title for column in _EFFECTS)]
-            parts.append("Paired differences:\n\n" + markdown(header, rows))
+        less = "less the standard VAE of the same seed"
+        parts += paired(records, "configuration", "vae", _EFFECTS, _WORDS, less)
         parts.append("Scale f of the latents at generation:\n\n" + _sweep_table(records))
         return parts
 
