@@ -182,7 +182,7 @@ def test_decoder_passes_are_those_of_the_evaluation(tiny: None) -> None:
     assert sum(shape[:-1].numel() for shape in shapes) == 70 * 200
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-five", "cpu-five-graph"])
+@pytest.mark.parametrize("name", ["cpu", "cpu-five", "cpu-five-graph", "cpu-alignment", "cpu-alignment-graph"])
 def test_documented_table_is_the_measured_one(name: str) -> None:
     root = Path(__file__).parents[1]
     rows = json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
