@@ -6,6 +6,8 @@ if __name__ != "pvae.guides":
 from .five import FiveGuide
 from .flow import FlowGuide
 from .full_covariance import FullCovarianceGuide
+from .hvae import HVAEGuide
+from .ladder import LadderGuide
 from .laplace import LaplaceGuide, laplace_proposal
 from .normal import NormalGuide
 from .point import PointGuide
@@ -15,6 +17,8 @@ __all__ = [
     "FiveGuide",
     "FlowGuide",
     "FullCovarianceGuide",
+    "HVAEGuide",
+    "LadderGuide",
     "LaplaceGuide",
     "NormalGuide",
     "PointGuide",

@@ -5,7 +5,9 @@ if __name__ != "pvae.models":
 
 from .autoencoder import Autoencoder
 from .conditional import ConditionalVAE
+from .hvae import HVAE
+from .ladder import Ladder
 from .vae import VAE
 from .x_vae import XVAE
 
-__all__ = ["VAE", "XVAE", "Autoencoder", "ConditionalVAE"]
+__all__ = ["HVAE", "VAE", "XVAE", "Autoencoder", "ConditionalVAE", "Ladder"]

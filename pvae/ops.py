@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "dct_matrix",
     "gram_tril",
     "has_float64",
     "inverse_tril",
@@ -90,6 +91,34 @@ def sample_categorical(logits: Tensor, sample_shape: Sequence[int] = (), dim: in
     # -log E is Gumbel distributed for E ~ Exponential(1).
     noise = torch.empty(shape, dtype=logits.dtype, device=logits.device).exponential_()
     return (logits.detach() - noise.log()).argmax(dim)
+
+
+def dct_matrix(n: int, dtype: torch.dtype | None = None) -> Tensor:
+    r"""Matrix of the orthonormal discrete cosine transform of type II.
+
+    .. math:: C_{ai} = c_a \cos\frac{\pi a (i + 1/2)}{n}, \qquad c_0 = \sqrt{1/n}, \; c_a = \sqrt{2/n}
+
+    :math:`C v` are the coefficients of a vector, the mean's first, and :math:`C^\top` is the inverse;
+    :math:`C X C^\top` are those of an image.
+
+    Args:
+        n: Length of the vectors.
+        dtype: Type of the result, torch's default one if ``None``; computed in double precision.
+
+    Returns:
+        Shape ``(n, n)``, on the CPU.
+
+    Raises:
+        ValueError: If ``n`` is not positive.
+    """
+    if n < 1:
+        raise ValueError(f"n must be positive, got {n}")
+    index = torch.arange(n)
+    # The angle in units of pi / (2 n), brought into one turn while it is a whole number: no digits are lost.
+    angle = torch.outer(index, 2 * index + 1) % (4 * n)
+    matrix = math.sqrt(2 / n) * torch.cos(angle.to(torch.float64) * (math.pi / (2 * n)))
+    matrix[0] = math.sqrt(1 / n)
+    return matrix.to(torch.get_default_dtype() if dtype is None else dtype)
 
 
 def has_float64(device: torch.device) -> bool:

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import special, stats
+from scipy import fft, special, stats
 
 from pvae.ops import (
+    dct_matrix,
     gram_tril,
     has_float64,
     inverse_tril,
@@ -209,3 +210,39 @@ class TestTriangles:
 
     def test_no_host_synchronisation(self) -> None:
         assert host_syncs(lambda: (gram_tril(torch.eye(3)), inverse_tril(torch.eye(3)))) == []
+
+
+class TestDCTMatrix:
+    @pytest.mark.parametrize("n", [1, 2, 5, 8, 28, 32, 86])
+    def test_orthonormal(self, n: int) -> None:
+        matrix = dct_matrix(n, torch.float64)
+        identity = torch.eye(n, dtype=torch.float64)
+        torch.testing.assert_close(matrix @ matrix.mT, identity, rtol=0, atol=3e-15)
+
+    @pytest.mark.parametrize("n", [1, 2, 5, 8, 28, 32, 86])
+    def test_equals_scipy(self, n: int) -> None:
+        expected = fft.dct(np.eye(n), axis=0, norm="ortho")
+        np.testing.assert_allclose(dct_matrix(n, torch.float64).numpy(), expected, rtol=0, atol=2e-15)
+
+    def test_images_equal_scipy(self) -> None:
+        x = torch.randn(3, 28, 20, dtype=torch.float64)
+        ours = dct_matrix(28, x.dtype) @ x @ dct_matrix(20, x.dtype).mT
+        expected = fft.dctn(x.numpy(), axes=(-2, -1), norm="ortho")
+        np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=1e-14)
+        energy = x.square().sum((-2, -1))
+        torch.testing.assert_close(ours.square().sum((-2, -1)), energy, rtol=1e-14, atol=0)
+
+    def test_ones(self) -> None:
+        matrix = dct_matrix(28, torch.float64)
+        coefficients = matrix @ torch.ones(28, 28, dtype=torch.float64) @ matrix.mT
+        expected = torch.zeros(28, 28, dtype=torch.float64)
+        expected[0, 0] = 28.0
+        torch.testing.assert_close(coefficients, expected, rtol=0, atol=2e-14)
+
+    def test_type(self) -> None:
+        assert dct_matrix(3).dtype == torch.get_default_dtype()
+        assert torch.equal(dct_matrix(7, torch.float32), dct_matrix(7, torch.float64).float())
+
+    def test_nothing_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="n must be positive, got 0"):
+            dct_matrix(0)

@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pvae.distributions import declared
+
 from .aligner import Aligner, Estimator, Reduction, Warmup
-from .expectation import Detach, declared
+from .expectation import Detach
 from .feasibility import Feasibility, PriorFigures, feasibility, measure_prior, warn
 from .flow_target import FlowTarget
 from .programs import AlignedGuide, AlignedModel, prior_at
@@ -269,7 +271,8 @@ def _known_prior(model: nn.Module, site: str, example: tuple[Any, ...] | None) -
 
 
 def _check_prior(p: Any, model: nn.Module, provider: Target, pretrain_steps: int) -> None:
-    if p is not None and declared(p, "training_density", "exact") != "exact":
+    densities = ("training_density", "density")
+    if p is not None and any(declared(p, name, "exact") != "exact" for name in densities):
         raise ValueError("the prior must have a density to be aligned, got one that is only bounded")
     if pretrain_steps and getattr(getattr(model, "prior", None), "conditional", False):
         raise ValueError("pretrain_steps must be 0 for a conditional prior, which needs a batch's labels")

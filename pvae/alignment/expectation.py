@@ -7,10 +7,9 @@ from typing import Any, Literal
 import pyro.distributions as dist
 import torch
 import torch.distributions as torch_dist
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
 
-__all__ = ["Detach", "declared", "expected_log_prob", "log_prob_at", "mean_log_prob"]
+__all__ = ["Detach", "expected_log_prob", "log_prob_at", "mean_log_prob"]
 
 Detach = Literal["guide", "prior"] | None
 
@@ -91,13 +90,6 @@ def mean_log_prob(q: Any, p: Any, num_samples: int, detach: Detach = None) -> Te
     # Another instance: a distribution may remember its last draw, which the objective still asks about.
     z = q.expand(q.batch_shape).rsample((-(-num_samples // particles),))
     return log_prob_at(p, z, detach).flatten(0, -2).mean(0)
-
-
-def declared(fn: Any, name: str, otherwise: Any) -> Any:
-    """What a distribution says of itself, through wrappers that do not hand it on."""
-    while isinstance(fn, MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return getattr(fn, name, otherwise)
 
 
 def _normal(fn: Any, detach: bool) -> tuple[Tensor, Tensor, bool] | None:

@@ -4,6 +4,8 @@ from .affine_coupling import AffineCoupling
 from .analytic_entropy_normal import AnalyticEntropyNormal
 from .code_mixture import CodeMixture, KLMode
 from .continuous_bernoulli import ContinuousBernoulli
+from .declared import declared
+from .diffusion import Diffusion, DiffusionEstimator, DiffusionPrediction
 from .discretized_logistic_mixture import DiscretizedLogisticMixture, LevelGrid
 from .flow_normal import FlowNormal
 from .free_form_normal import FreeFormNormal
@@ -21,6 +23,9 @@ __all__ = [
     "AnalyticEntropyNormal",
     "CodeMixture",
     "ContinuousBernoulli",
+    "Diffusion",
+    "DiffusionEstimator",
+    "DiffusionPrediction",
     "Directions",
     "DiscretizedLogisticMixture",
     "FlowNormal",
@@ -36,6 +41,7 @@ __all__ = [
     "PointMass",
     "Probe",
     "check_options",
+    "declared",
     "laplace_normal",
     "variance_of",
 ]

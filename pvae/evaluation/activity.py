@@ -1,6 +1,7 @@
 r"""Which latent dimensions the data move (Burda et al. 2016, arXiv:1509.00519v4, sec. 5.2)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -27,11 +28,13 @@ class Activity:
             double precision; latents of several sites stand side by side, in the model's order.
         prior_scale: Standard deviation :math:`s_j` of the prior, shape ``(d,)``, from draws.
         threshold: Variance above which a dimension counts as active.
+        sites: Number of dimensions of each latent site, in the model's order, where it is known.
     """
 
     variance: Tensor
     prior_scale: Tensor
     threshold: float = 0.01
+    sites: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def active(self) -> Tensor:
@@ -48,9 +51,30 @@ class Activity:
         r"""Number of dimensions with :math:`\sqrt{A_j} > 0.1 \, s_j`, whatever the prior's scale."""
         return int((self.variance.sqrt() > _RELATIVE * self.prior_scale).sum())
 
+    @property
+    def by_site(self) -> "dict[str, Activity]":
+        """The activity of each latent site by itself, such as each layer of a ladder."""
+        if not self.sites:
+            return {}
+        sizes = list(self.sites.values())
+        parts = zip(self.variance.split(sizes), self.prior_scale.split(sizes), strict=True)
+        return {
+            name: Activity(variance, scale, self.threshold)
+            for name, (variance, scale) in zip(self.sites, parts, strict=True)
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists that JSON can hold."""
+        sites = {
+            name: {
+                "active_units": one.count,
+                "relative_active_units": one.relative_count,
+                "z_dim": len(one.variance),
+            }
+            for name, one in (self.by_site if len(self.sites) > 1 else {}).items()
+        }
         return {
+            **({"sites": sites} if sites else {}),
             "active_units": self.count,
             "relative_active_units": self.relative_count,
             "z_dim": len(self.variance),
@@ -60,9 +84,11 @@ class Activity:
         }
 
     def __str__(self) -> str:
+        by_site = (f"{name} {one.count} of {len(one.variance)}" for name, one in self.by_site.items())
         return (
             f"{self.count} of {len(self.variance)} units active (variance of posterior means above "
             f"{self.threshold:g}), {self.relative_count} by more than {_RELATIVE:g} prior scales"
+            + (f"; {', '.join(by_site)}" if len(self.sites) > 1 else "")
         )
 
 
@@ -106,7 +132,8 @@ def active_units(
         names = latent_names(model, guide, x, y)
         mean, error = means(guide, x, y, names, seed, num_draws)
         prior = draw_prior(model, x, y, names, max(len(x), _LEAST_PRIOR), seed)
-    return Activity(mean_variance(mean, error), prior.z.std(0), threshold)
+    sizes = {name: prior.values[name][0].numel() for name in names}
+    return Activity(mean_variance(mean, error), prior.z.std(0), threshold, sizes)
 
 
 def mean_variance(mean: Tensor, error: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The latents of a model under its prior and under a guide: flat vectors with densities, for any sites."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ def draw_posterior(
     values = []
     for part in _parts(len(x)):
         x_part, y_part = x[part], _part(y, part)
-        q = _run(guide, x_part, y_part)
+        q = _run(guide, x_part, y_part, replace=exact)
         values.append({name: q[name].value for name in names})
         p = _run(model, x_part, y_part, values[-1])
         columns.append(
@@ -203,9 +203,13 @@ def _call(program: Program, x: Tensor, y: Tensor | None) -> Any:
 
 
 def _run(
-    program: Program, x: Tensor, y: Tensor | None, values: dict[str, Tensor] | None = None
+    program: Program,
+    x: Tensor,
+    y: Tensor | None,
+    values: dict[str, Tensor] | None = None,
+    replace: Callable[[str, Any], Any] | None = None,
 ) -> dict[str, Site]:
-    with SiteRecorder(values, replace=exact) as recorded:
+    with SiteRecorder(values, replace=replace) as recorded:
         _call(program, x, y)
     return recorded.sites
 

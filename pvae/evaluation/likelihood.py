@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pvae.data import Split
 from pvae.inference.isolation import device_of, evaluating
-from pvae.inference.program import Program
+from pvae.inference.program import Program, SiteRecorder
 from pvae.inference.progress import reporting
 
 from .estimate import LikelihoodEstimate
 from .pareto import pareto_khat
-from .weights import draw, held_out, log_weights
+from .weights import draw, has_estimates, held_out, log_weights
 
 __all__ = ["log_likelihood"]
 
@@ -50,6 +50,10 @@ def log_likelihood(
     The guide sees each datum once (in blocks of 32, the last one padded), seeded by the datum's position:
     estimates and k-hats depend neither on ``batch_size`` nor on the other data.
 
+    Where the model has only an unbiased estimate of a density (a diffusion's), its noise is one more latent:
+    the bound holds for the model that is sampled, and the blocks go through the decoder one by one. A model
+    with a bound on a log-density is refused, but for one particle.
+
     Args:
         model: The model program, ``model(x)`` or ``model(x, y)``.
         guide: The guide program, with the model's latent sites: the proposal. The bound holds under any; the
@@ -68,7 +72,8 @@ def log_likelihood(
     Raises:
         ValueError: For sizes that are not positive, data the likelihood does not support, a sigma fitted to
             training batches that was not measured, a site outside the plate over the data, latents of model
-            and guide that differ, a guide without exact density, or a log-weight that is NaN.
+            and guide that differ, a guide without exact density, a bound in place of a density in the
+            model under several particles, or a log-weight that is NaN.
         TypeError: If ``x`` is neither a tensor nor a split.
 
     Example:
@@ -86,8 +91,10 @@ def log_likelihood(
     with evaluating(model, guide), reporting("evaluating", len(x), progress) as report:
         x = x.to(device)
         y = None if y is None else y.to(device)
-        block = min(_BLOCK, max(1, _BLOCK_NUMBERS // (num_particles * _latent_size(model, guide, x, y))))
-        blocks = max(1, (batch_size or _BLOCK) // block)
+        size, noisy = _latents(model, guide, x, y)
+        block = min(_BLOCK, max(1, _BLOCK_NUMBERS // (num_particles * size)))
+        # The noise of an estimated density must not depend on the batch: it is drawn for a block at a time.
+        blocks = 1 if noisy else max(1, (batch_size or _BLOCK) // block)
         kind = "cpu" if device.type == "cpu" else "gpu"
         rows = max(1, min(_PASS_ROWS[kind], _PASS_NUMBERS[kind] // x[0].numel()))
         for start in range(0, len(x), blocks * block):
@@ -96,7 +103,8 @@ def log_likelihood(
                 draw(guide, *_block(x, y, i, block), num_particles, _block_seed(seed, i // block))
                 for i in range(start, min(part.stop, len(x)), block)
             ]
-            log_w = log_weights(model, x[part], None if y is None else y[part], draws, rows)
+            scored = _block(x, y, start, block) if noisy else (x[part], None if y is None else y[part])
+            log_w = log_weights(model, *scored, draws, rows)[:, : len(x[part])]
             parts.append(_summary(log_w.T.cpu().double(), rounding, start))
             report(min(part.stop, len(x)))
     log_prob, elbo, khat, ess, error = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -111,13 +119,18 @@ def log_likelihood(
     )
 
 
-def _latent_size(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> int:
-    """Run both programs once on one datum, with Pyro's validation on, and count the latent numbers."""
+def _latents(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> tuple[int, bool]:
+    """Run both programs once on one datum, with Pyro's validation on.
+
+    Returns:
+        How many numbers its latents have, and whether the model estimates a density.
+    """
     with pyro.validation_enabled(True):
         x1, y1 = _block(x, y, 0, 1)
         values, _ = draw(guide, x1, y1, 1, seed=0)
-        log_weights(model, x1, y1, [(values, torch.zeros(1, 1, device=x.device))], rows=1)
-    return max(1, sum(value.numel() for value in values.values()))
+        with SiteRecorder() as p:
+            log_weights(model, x1, y1, [(values, torch.zeros(1, 1, device=x.device))], rows=1)
+    return max(1, sum(value.numel() for value in values.values())), has_estimates(p.sites.values())
 
 
 def _block(x: Tensor, y: Tensor | None, start: int, size: int) -> tuple[Tensor, Tensor | None]:

@@ -1,16 +1,17 @@
 """Log-weights of draws from a guide, datum by datum: what every estimate of this room is made of."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvae.data import Split
+from pvae.distributions import declared
 from pvae.inference.program import Program, Site, SiteRecorder, particle_plate
 from pvae.ops import has_float64
 
-__all__ = ["draw", "exact", "held_out", "log_weights"]
+__all__ = ["draw", "exact", "has_estimates", "held_out", "log_weights"]
 
 
 def held_out(model: Any, x: Any, y: Tensor | None) -> tuple[Tensor, Tensor | None, dict[str, Any] | None]:
@@ -59,6 +60,11 @@ def draw(
 
 def exact(name: str, fn: Any) -> Any:
     """Exchange a distribution whose training density is a surrogate for the exact one."""
+    if declared(fn, "density", "exact") != "exact":
+        # One over an unbiased estimate is biased upwards, and so would be the weight.
+        raise ValueError(
+            f"guide site {name!r} has only an estimate of its density, which cannot divide a weight"
+        )
     if getattr(fn, "training_density", "exact") == "exact":
         return fn
     exact = getattr(fn, "exact", None)
@@ -86,10 +92,27 @@ def log_weights(
         latents = {name for name, site in p.sites.items() if not (site.observed or site.is_factor)}
         if latents != set(part):
             raise ValueError(f"model and guide must have the same latents, got {latents} and {set(part)}")
+        _check_bounds(p.sites.values(), len(log_w))
         for site in p.sites.values():
             if not site.is_factor:
                 log_w[chunk] += _log_prob(site, shape, "model")
     return log_w
+
+
+def has_estimates(sites: Iterable[Site]) -> bool:
+    """Whether a density is an estimate, which draws noise of its own when it is asked for."""
+    return any(declared(site.fn, "density", "exact") != "exact" for site in sites)
+
+
+def _check_bounds(sites: Iterable[Site], num_particles: int) -> None:
+    """Refuse to exponentiate a bound on a log-density, whose noise alone would raise the estimate."""
+    for site in sites:
+        if num_particles > 1 and declared(site.fn, "density", "exact") == "bound":
+            raise ValueError(
+                f"model site {site.name!r} has only a stochastic lower bound of its log-density (estimator "
+                f"'vlb'), which cannot enter a log-mean-exp over {num_particles} particles: take its "
+                "unbiased estimate (estimator 'chain')"
+            )
 
 
 def _precision(device: torch.device) -> torch.dtype:

@@ -29,6 +29,8 @@ Callback = Callable[["Run", dict[str, float]], None]
 
 _VALIDATION_SEED = 20_140_501
 _VALIDATION_BATCH = 1000
+# Latent sites whose KL stands in the line of a progress bar; all of them are in the rows.
+_MOST_SHOWN = 9
 
 
 @dataclass
@@ -289,6 +291,9 @@ class Loop:
 
 def _sentence(row: dict[str, float]) -> str:
     parts = f"rec {row['reconstruction']:.2f} + kl {row['kl']:.2f}"
+    sites = {name.removeprefix("kl/"): value for name, value in row.items() if name.startswith("kl/")}
+    if 1 < len(sites) <= _MOST_SHOWN:
+        parts += f" ({' '.join(f'{name} {value:.2f}' for name, value in sites.items())})"
     text = f"epoch {row['epoch']:.1f}  loss {row['loss']:.2f} = {parts}"
     return text + (f"  valid {row['valid_loss']:.2f}" if "valid_loss" in row else "")
 

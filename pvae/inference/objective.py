@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import pyro.infer
 import torch
-from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.util import torch_item
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
 from pvae.alignment import DensityFactor
+from pvae.distributions import declared
 from pvae.ops import log_mean_exp
 
 from .program import Program, Site, SiteRecorder, particle_plate
@@ -123,8 +123,9 @@ class ELBO(pyro.infer.ELBO):
             ValueError: If a latent of the guide has no reparameterised sample, model and guide have other
                 latents, a site lies outside the plate over the data, or an importance-weighted objective
                 meets a guide that gives the mean of log q in its place, has no density in training, or
-                has an exact one of too many latents; "dreg" one that shares parameters with the model, or a
-            training-only factor made of the draws.
+                has an exact one of too many latents, or (of several particles) a model with a bound in place
+                of a log-density; "dreg" a guide that shares parameters with the model, or a training-only
+                factor made of the draws.
         """
         shape = self._log_prob_shape(len(args[0]))
         # The recorder stands outside the plate, which would otherwise not broadcast a replayed site.
@@ -136,6 +137,7 @@ class ELBO(pyro.infer.ELBO):
         _check_programs(p.sites, q.sites, shape)
         if self.kind in ("iwae", "dreg"):
             _check_densities(self.kind, q.sites)
+            _check_bounds(self.kind, p.sites, self.num_particles)
             if self.kind == "dreg":
                 _check_own_parameters(guide)
                 _check_training_only(p.sites, self.num_particles)
@@ -160,7 +162,7 @@ class ELBO(pyro.infer.ELBO):
         parts |= {f"kl/{name}": value for name, value in kl.items()}
         parts |= {f"factor/{name}": value for name, value in factor.items()}
         parts |= {"align": _sum(extra)} if extra else {}
-        health = {name: _declared(site.fn, "health", None) for name, site in q.sites.items()}
+        health = {name: declared(site.fn, "health", None) for name, site in q.sites.items()}
         parts |= {f"surrogate/{name}": value.mean() for name, value in health.items() if value is not None}
         return Terms(loss, parts, log_x, list(ratios.values()), self.kind in ("iwae", "dreg"))
 
@@ -226,7 +228,7 @@ class ELBO(pyro.infer.ELBO):
                 return q.scaled(kl_divergence(q.fn, p.fn))
             except NotImplementedError:
                 pass
-        if self.kind in ("iwae", "dreg") and _declared(q.fn, "training_density", "exact") != "exact":
+        if self.kind in ("iwae", "dreg") and declared(q.fn, "training_density", "exact") != "exact":
             return q.scaled_log_prob() - p.scaled_log_prob()
         return _log_q(q) - p.scaled_log_prob()
 
@@ -263,15 +265,7 @@ def _log_q(site: Site) -> Tensor:
 
 
 def _has_analytic_entropy(fn: Any) -> bool:
-    return bool(_declared(fn, "analytic_entropy", False))
-
-
-def _declared(fn: Any, name: str, otherwise: Any) -> Any:
-    """What a distribution says of itself."""
-    # These two hand on the terms of what they wrap, but not its attributes.
-    while isinstance(fn, MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return getattr(fn, name, otherwise)
+    return bool(declared(fn, "analytic_entropy", False))
 
 
 def _check_densities(kind: str, q: dict[str, Site]) -> None:
@@ -282,7 +276,7 @@ def _check_densities(kind: str, q: dict[str, Site]) -> None:
                 f"objective {kind!r} needs log q(z) at the draw, but guide site {name!r} has an analytic "
                 "entropy: build the guide with entropy='sampled'"
             )
-        density = _declared(site.fn, "training_density", "exact")
+        density = declared(site.fn, "training_density", "exact")
         if density not in ("exact", "surrogate"):
             raise ValueError(
                 f"objective {kind!r} needs a density of guide site {name!r}, which in training has none "
@@ -292,6 +286,17 @@ def _check_densities(kind: str, q: dict[str, Site]) -> None:
             raise ValueError(
                 f"objective {kind!r} needs the exact log q(z) of guide site {name!r}, a pass of the encoder "
                 f"for each latent: there must be at most {_MOST_EXACT}, got {site.fn.event_shape.numel()}"
+            )
+
+
+def _check_bounds(kind: str, p: dict[str, Site], num_particles: int) -> None:
+    """Refuse to exponentiate a bound on a log-density, whose noise alone would raise the objective."""
+    for name, site in p.items():
+        if num_particles > 1 and declared(site.fn, "density", "exact") == "bound":
+            raise ValueError(
+                f"objective {kind!r} needs a density of model site {name!r}, which has only a stochastic "
+                "lower bound of its logarithm (estimator 'vlb'): use objective 'elbo' or 'mean_field', or "
+                "its unbiased estimate (estimator 'chain')"
             )
 
 

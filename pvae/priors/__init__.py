@@ -4,6 +4,7 @@ from .code_prior import CodePrior
 from .code_stats import CodeScale, CodeShift, CodeStats, CovarianceFactor, collect_codes
 from .conditional_flow import ConditionalFlowPrior
 from .coupling_flow import CouplingFlow
+from .diffusion import DiffusionPrior
 from .gaussian_mixture import GaussianMixture
 from .scaled_codes import ScaledCodes
 from .standard_normal import StandardNormal
@@ -18,6 +19,7 @@ __all__ = [
     "ConditionalFlowPrior",
     "CouplingFlow",
     "CovarianceFactor",
+    "DiffusionPrior",
     "GaussianMixture",
     "ScaledCodes",
     "StandardNormal",

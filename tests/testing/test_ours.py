@@ -10,6 +10,7 @@ from pvae.distributions import (
     AnalyticEntropyNormal,
     CodeMixture,
     ContinuousBernoulli,
+    Diffusion,
     DiscretizedLogisticMixture,
     FlowNormal,
     IndependentBernoulli,
@@ -151,6 +152,36 @@ def test_jacobian_normal(z_dim: int, batch: int) -> None:
     parameters = {"x": random(batch, 4), "weight": random(4, z_dim, seed=1), "noise": torch.tensor(0.4)}
     report = check_distribution(made, parameters)
     wanted = {"parameter gradients", "float32", "integrates to 1", "sampler follows density", "moments"}
+    assert wanted <= set(report.applied)
+
+
+@pytest.mark.parametrize("event", [(1,), (2,), (1, 1, 3)])
+def test_diffusion(event: tuple[int, ...]) -> None:
+    # Its density is an estimate, but for the limit of a schedule without ends under an optimal denoiser with
+    # calibrated variances: there one path is worth as much as any.
+    steps = torch.arange(1, 21, dtype=torch.float64) / 20
+
+    def made(loc: Tensor, scale: Tensor, ends: Tensor) -> Diffusion:
+        def denoise(y: Tensor, gamma: Tensor) -> Tensor:
+            gamma = gamma.reshape(*gamma.shape, *(1 for _ in event))
+            signal, noise = torch.sigmoid(-gamma), torch.sigmoid(gamma)
+            return noise.sqrt() * (y - signal.sqrt() * loc) / (signal * scale.square() + noise)
+
+        gamma = (ends[0] + (ends[1] - ends[0]) * steps).reshape(-1, *(1 for _ in event))
+        ratio = scale.square() * (-gamma).exp()
+        mse = (ratio / (1 + ratio)).expand(20, *event)
+        return Diffusion(denoise, (ends[0], ends[1]), event, num_steps=20, prediction="eps", mse=mse)
+
+    ends = torch.tensor([-55.0, 55.0], dtype=torch.float64)
+    parameters = {"loc": random(*event), "scale": 0.5 + random(*event, seed=1).abs(), "ends": ends}
+    report = check_distribution(made, parameters)
+    wanted = {
+        "value gradient",
+        "parameter gradients",
+        "float32",
+        "integrates to 1",
+        "sampler follows density",
+    }
     assert wanted <= set(report.applied)
 
 
