@@ -6,7 +6,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
@@ -16,7 +15,7 @@ import typer
 
 import pvae
 from pvae.data import Data, DataError, MissingData, names
-from pvae.evaluation import LikelihoodEstimate
+from pvae.evaluation import LikelihoodEstimate, NestedEstimate
 from pvae.inference import NonFiniteLoss
 from pvae.inference.checkpoint import CheckpointError, exists
 
@@ -306,10 +305,20 @@ def sample(
     scale_sweep: Annotated[
         bool, typer.Option("--scale-sweep", help="A row for each of seven scales.")
     ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Factor of the variances of all priors of a ladder.")
+    ] = None,
+    temperature_sweep: Annotated[
+        bool, typer.Option("--temperature-sweep", help="A row for each of seven temperatures.")
+    ] = False,
+    given: Annotated[
+        int | None,
+        typer.Option(min=1, help="A row for each of so many held-out images: draws that share its low-pass."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG file (default in RUN/figures, named for what is drawn).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws, and of the choice of images.")] = 0,
     device: _Device = "auto",
     data_root: _DataRoot = None,
     as_json: _Json = False,
@@ -319,13 +328,30 @@ def sample(
     from .jobs import sample as run_sampling
     from .sampling import Wanted
 
-    wanted = Wanted(num, seed, labels, attributes or (), sampling, scale, scale_mode, scale_sweep)
-    path, plan = run_sampling(open_run(run, root=data_root, device=place), wanted, out)
+    wanted = Wanted(
+        num,
+        seed,
+        labels,
+        attributes or (),
+        sampling,
+        scale,
+        scale_mode,
+        scale_sweep,
+        temperature,
+        temperature_sweep,
+        given,
+    )
+    opened = open_run(run, root=data_root, device=place)
+    path, plan, low_pass = run_sampling(opened, wanted, out, progress=False if as_json else None)
     if as_json:
         rows = [row for row in (row.to_dict() for row in plan.rows) if row]
-        _print_json(run=str(run), num=plan.num, seed=seed, options=plan.options, rows=rows, figure=str(path))
-    else:
-        typer.echo(str(path))
+        asked = {"num": plan.num, "seed": seed, "options": plan.options, "rows": rows}
+        near = {} if low_pass is None else {"low_pass": low_pass._asdict()}
+        _print_json(run=str(run), **asked, **near, figure=str(path))
+        return
+    typer.echo(str(path))
+    if low_pass is not None:
+        typer.echo(f"note      {low_pass}")
 
 
 @app.command()
@@ -364,7 +390,7 @@ def compare(
 
     tables = compared(runs)
     if as_json:
-        _print_json(**{protocol: [asdict(row) for row in rows] for protocol, rows in tables.items()})
+        _print_json(**{protocol: [row.to_dict() for row in rows] for protocol, rows in tables.items()})
         return
     for protocol, rows in tables.items():
         typer.echo(f"{protocol}\n\n{to_markdown(rows)}\n")
@@ -502,28 +528,36 @@ def _how_to_resume(out: Path, device: str, data_root: Path | None, threads: int 
     return f"interrupted, {kept}: go on with  {shlex.join(command)}"
 
 
-def _estimates(estimates: Sequence[LikelihoodEstimate]) -> dict[str, Any]:
-    """Estimates without their data: one as it is, two in a list with what follows from them."""
+def _estimates(estimates: Sequence[LikelihoodEstimate | NestedEstimate]) -> dict[str, Any]:
+    """Estimates without their data: one as it is, more in a list with what follows from them."""
     records = [
         {key: value for key, value in estimate.to_dict().items() if key != "per_datum"}
         for estimate in estimates
     ]
     if len(records) < 2:
         return records[0] if records else {}
-    return {"estimates": records, "better": _better(estimates)}
+    return {"estimates": records, **_conclusions(estimates)}
 
 
-def _print_estimates(split: str, estimates: Sequence[LikelihoodEstimate]) -> None:
+def _print_estimates(split: str, estimates: Sequence[LikelihoodEstimate | NestedEstimate]) -> None:
     for estimate in estimates:
         typer.echo(f"{split:<9} {estimate}")
-    if len(estimates) > 1:
-        typer.echo(f"{'better':<9} {_better(estimates)}")
+    for name, sentence in _conclusions(estimates).items():
+        typer.echo(f"{name:<9} {sentence}")
 
 
-def _better(estimates: Sequence[LikelihoodEstimate]) -> str:
-    from .jobs import better_bound
+def _conclusions(estimates: Sequence[LikelihoodEstimate | NestedEstimate]) -> dict[str, str]:
+    """What follows from several estimates of one run: of the first full and nested ones, and of two full
+    ones.
+    """
+    from .jobs import better_bound, compare_bounds
 
-    return better_bound(*estimates)
+    full = [estimate for estimate in estimates if isinstance(estimate, LikelihoodEstimate)]
+    nested = [estimate for estimate in estimates if isinstance(estimate, NestedEstimate)]
+    return {
+        **({"bounds": compare_bounds(full[0], nested[0])} if nested else {}),
+        **({"better": better_bound(*full)} if len(full) > 1 else {}),
+    }
 
 
 def _print_json(**record: Any) -> None:

@@ -4,7 +4,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class Row:
         device: Where the runs were trained.
         proposal: What z was drawn from: ``"own"`` or ``"laplace"``, with the name of the guide's own where it
             has one. Different ones are rows of their own and never averaged.
+        num_steps: Steps T of the chain along which a density was estimated, where one was.
+        calibrated: Whether that chain's reverse variances were measured.
+        num_draws: Draws of u of a nested bound, which is a row of its own; ``None`` for the full one.
     """
 
     name: str
@@ -63,6 +66,9 @@ class Row:
     minutes: float
     device: str
     proposal: str
+    num_steps: int | None = None
+    calibrated: bool | None = None
+    num_draws: int | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of :data:`HEADER`."""
@@ -77,10 +83,37 @@ class Row:
             f"{statistics.fmean(self.elbos):.2f}",
             str(self.num_particles),
             str(self.num_data),
-            f"{100 * statistics.fmean(self.khat_shares):.0f} %",
+            f"{100 * statistics.fmean(self.khat_shares):.0f} %" if self.num_draws is None else "-",
             f"{self.minutes:.1f}",
             self.device,
         )
+
+    @property
+    def bound(self) -> str:
+        """Which bound it is."""
+        return "full" if self.num_draws is None else f"nested, {self.num_draws} of u"
+
+    @property
+    def steps(self) -> str:
+        """T, as text; a dash where every density is exact."""
+        if self.num_draws is not None:
+            return "continuous"
+        if self.num_steps is None:
+            return "-"
+        return f"{self.num_steps} {'calibrated' if self.calibrated else 'uncalibrated'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold, without those of a chain or of a nested bound where there
+        is none.
+        """
+        values = asdict(self)
+        if self.num_draws is not None:
+            del values["khat_shares"]
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None or name not in ("num_steps", "calibrated", "num_draws")
+        }
 
 
 def compare(paths: Sequence[str | Path]) -> dict[str, list[Row]]:
@@ -110,13 +143,18 @@ def compare(paths: Sequence[str | Path]) -> dict[str, list[Row]]:
 
 
 def to_markdown(rows: Iterable[Row]) -> str:
-    """Write rows as a Markdown table, with a last column for the proposals where any is named."""
+    """Write rows as a Markdown table, with last columns for what only some models have: a density along a
+    chain of T steps, under which bounds are of two kinds, and named proposals.
+    """
     rows = list(rows)
-    named = any(row.proposal != "own" for row in rows)
-    header = (*HEADER, *["proposal"] * named)
-    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    lines += [f"| {' | '.join((*row.cells(), *[row.proposal] * named))} |" for row in rows]
-    return "\n".join(lines)
+    columns = [(name, [row.cells()[i] for row in rows]) for i, name in enumerate(HEADER)]
+    if any(row.steps != "-" for row in rows):
+        columns += [("bound", [row.bound for row in rows]), ("T", [row.steps for row in rows])]
+    if any(row.proposal != "own" for row in rows):
+        columns += [("proposal", [row.proposal for row in rows])]
+    lines = [[name for name, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
+    written = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([written[0], f"|{'---|' * len(columns)}", *written[1:]])
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -133,7 +171,10 @@ def _records(path: Path) -> list[dict[str, Any]]:
     name = path.resolve().name.removesuffix(f"-{seed}")
     return [
         {
-            "key": (name, json.dumps(spec, sort_keys=True), json.dumps(e["settings"], sort_keys=True)),
+            "key": (
+                name,
+                *(json.dumps(part, sort_keys=True) for part in (spec, e["settings"], _chain(e))),
+            ),
             "name": name,
             "seed": seed,
             "epochs": _epochs(manifest, spec),
@@ -167,12 +208,18 @@ def _row(records: list[dict[str, Any]]) -> Row:
         standard_error=statistics.fmean(e["standard_error"] for e in estimates),
         num_particles=estimates[0]["num_particles"],
         num_data=estimates[0]["num_data"],
-        khat_shares=tuple(e["khat_share"] for e in estimates if e["khat_share"] is not None)
+        khat_shares=tuple(e["khat_share"] for e in estimates if e.get("khat_share") is not None)
         or (float("nan"),),
         minutes=statistics.fmean(record["minutes"] for record in records),
         device=first["device"],
         proposal=_proposal(estimates[0]),
+        **_chain(estimates[0]),
     )
+
+
+def _chain(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What a bound on a density that is only estimated depends on, beside its settings."""
+    return {name: evaluation.get(name) for name in ("num_steps", "calibrated", "num_draws")}
 
 
 def _proposal(evaluation: dict[str, Any]) -> str:

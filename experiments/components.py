@@ -24,6 +24,8 @@ def components() -> Iterator[Component]:
     """Yield every registered part, in the order of the tables of a spec."""
     for table, kinds in PARTS.items():
         for kind, part in kinds.items():
+            if kind == "none":
+                continue  # nothing stands there
             built = _class(part)
             # The paper stands in `about` too where the name alone says little.
             about = re.sub(r" \([^()]*\d{4}\)$", "", part.about)

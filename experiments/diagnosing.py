@@ -1,9 +1,9 @@
-"""What ``pvae diagnose`` does: prior against codes, log p(z) against a density, and data from elsewhere."""
+"""What ``pvae diagnose`` does: prior against codes, layers, log p(z) and a density, data from elsewhere."""
 
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,9 +29,12 @@ from pvae.evaluation import (
     prior_coverage,
 )
 from pvae.inference import CheckpointError
+from pvae.models import Ladder
+from pvae.priors import DiffusionPrior
 
 from . import diagnosis_figures as drawn
 from .aligning import density_of_run, log_det_of_run
+from .ladder_report import LadderReport, ladder_report
 from .program import SpecError
 from .registry import nearest
 from .runs import OpenRun
@@ -50,6 +53,17 @@ __all__ = [
 
 # Data in the mixture that stands for the aggregate posterior: its cost is quadratic.
 _MIXTURE = 1000
+# Training data that a Gaussian is fitted to pseudoinputs of.
+_FIT = 20_000
+_NO_MIXTURE = (
+    "not computed: the density of a latent under the mixture of all posteriors takes a pass of the ladder "
+    "for each pair of data"
+)
+_NO_DENSITY = "not compared: p(u) is a diffusion, whose density is only estimated"
+_NOISY = (
+    "log p(z) holds an estimate of log p(u) by one noising path for each draw, which lies below log p(u) on "
+    "average; KL and ELBO are those of the chain of {} steps"
+)
 # Ends the name of a comparison in which a flow's log-determinant is added to log p(z).
 _WITH_FLOW = ", with log det"
 _WHAT = "log p(z)"
@@ -119,9 +133,9 @@ class Diagnosis:
 
     Attributes:
         settings: What was asked for.
-        alignment: Aggregate posterior against prior.
-        coverage: Their divergences.
-        activity: Which latents the data move.
+        alignment: Aggregate posterior against prior; ``None`` for a ladder.
+        coverage: Their divergences; ``None`` for a ladder.
+        activity: Which latents the data move; ``None`` for a ladder, whose layers have theirs.
         agreement: log p(z) against the density, at a draw of z and at the mean; for a run that was aligned
             through a flow both also with its log-determinant. ``None`` without a density.
         ood: Outside data sets, by what they were asked for as.
@@ -129,18 +143,22 @@ class Diagnosis:
         pictures: PNG files.
         seconds: Wall time.
         no_flow: Why the flow of a run that was aligned through one is not in ``agreement``.
+        layers: What each latent of a model of several carries.
+        notes: What was left out and why, or how a part is to be read, by its heading.
     """
 
     settings: Wanted
-    alignment: AlignmentReport
-    coverage: PriorCoverage
-    activity: Activity
+    alignment: AlignmentReport | None
+    coverage: PriorCoverage | None
+    activity: Activity | None
     agreement: dict[str, DensityAgreement] | None
     ood: dict[str, OODReport]
     calibration: LatentScores | None
     pictures: list[Path]
     seconds: float
     no_flow: str | None = None
+    layers: LadderReport | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self, per_datum: bool = True) -> dict[str, Any]:
         """Return plain numbers and lists that JSON can hold.
@@ -165,9 +183,11 @@ class Diagnosis:
             density = {at: found.to_dict() for at, found in self.agreement.items()}
         return {
             "settings": asdict(self.settings) | {"ood": list(self.settings.ood)},
-            "alignment": self.alignment.to_dict(),
-            "coverage": self.coverage.to_dict(),
-            "activity": self.activity.to_dict(),
+            "alignment": None if self.alignment is None else self.alignment.to_dict(),
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
+            "activity": None if self.activity is None else self.activity.to_dict(),
+            "layers": None if self.layers is None else self.layers.to_dict(),
+            "notes": dict(self.notes),
             "density": density,
             "no_flow": self.no_flow,
             "ood": tables,
@@ -177,11 +197,17 @@ class Diagnosis:
 
     def to_text(self) -> str:
         """Return the tables, each under its heading."""
-        parts = [
-            ("prior against aggregate posterior", self.alignment.to_markdown()),
-            ("coverage", self.coverage.to_markdown()),
-            ("activity", str(self.activity)),
-        ]
+        parts = []
+        if self.alignment is not None:
+            parts.append(("prior against aggregate posterior", self.alignment.to_markdown()))
+        if self.coverage is not None:
+            parts.append(("coverage", self.coverage.to_markdown()))
+        if self.activity is not None:
+            parts.append(("activity", str(self.activity)))
+        if self.layers is not None:
+            parts.append(("layers", self.layers.to_text()))
+            if self.layers.u is not None:
+                parts.append(("pseudoinput", self.layers.u.to_text()))
         for name, found in (self.agreement or {}).items():
             at, with_flow, _ = name.partition(_WITH_FLOW)
             what = _WHAT_FLOW if with_flow else _WHAT
@@ -190,6 +216,7 @@ class Diagnosis:
         if self.no_flow is not None:
             parts.append((f"{_WHAT_FLOW} against the density", f"not scored: {self.no_flow}"))
         parts += [(f"inside against {name}", report.to_markdown()) for name, report in self.ood.items()]
+        parts += self.notes.items()
         return "\n\n".join(f"{heading}\n\n{text}" for heading, text in parts)
 
 
@@ -204,8 +231,9 @@ def diagnose(
 ) -> Diagnosis:
     """Judge the prior of a run and what it makes of strange data; keep the record and draw the pictures.
 
-    Everything is measured on the test part. The record goes to ``diagnosis.json`` of the run folder, where
-    one with the same settings gives way.
+    Everything is measured on the test part; the layers of a model of several latents are on the training
+    part, too. For a ladder they take the place of what is quadratic in the data. The record goes to
+    ``diagnosis.json`` of the run folder, where one with the same settings gives way.
 
     Args:
         run: The run.
@@ -337,15 +365,36 @@ def _diagnose(
 ) -> Diagnosis:
     test = _spread(run.data.test, wanted.num_data)
     few, seed, folder = _spread(test, _MIXTURE), wanted.seed, run.folder.figures
-    alignment = alignment_report(*run.program, few, seed=seed)
-    coverage = prior_coverage(*run.program, few, seed=seed)
-    activity = active_units(*run.program, test, seed=seed)
     title = run.spec.description or f"{run.spec.model.kind} on {run.spec.data.name}"
-    pictures = [alignment.plot(folder / "alignment.png", title)]
+    alignment = coverage = activity = layers = agreement = no_flow = None
+    pictures: list[Path] = []
+    notes: dict[str, str] = {}
+    ladder = run.model if isinstance(run.model, Ladder) else None
+    if ladder is None:
+        alignment = alignment_report(*run.program, few, seed=seed)
+        coverage = prior_coverage(*run.program, few, seed=seed)
+        activity = active_units(*run.program, test, seed=seed)
+        pictures.append(alignment.plot(folder / "alignment.png", title))
+    else:
+        notes["prior against aggregate posterior"] = _NO_MIXTURE
+    if activity is None or len(activity.sites) > 1:
+        train = run.data.train
+        layers = ladder_report(
+            *run.program,
+            test,
+            _spread(train, wanted.num_data),
+            _spread(train, _FIT),
+            num_train=len(train),
+            seed=seed,
+            progress=progress,
+        )
+        pictures.append(drawn.layer_bars(layers, folder / "layers.png", title))
 
-    agreement = no_flow = None
+    estimated = ladder is not None and isinstance(ladder.prior, DiffusionPrior)
     density = density_of(run) if target is None else target
-    if density is not None:
+    if density is not None and estimated:
+        notes[f"{_WHAT} against the density"] = _NO_DENSITY
+    elif density is not None:
         own = latent_scores(*run.program, test, num_samples=wanted.num_samples, seed=seed, progress=progress)
         path = folder / "density.png"
         log_det, no_flow = _log_det(run, test.clean)
@@ -373,6 +422,8 @@ def _diagnose(
             drawn.roc_curves(reports, folder / "ood-roc.png", title),
             drawn.conformal_curves(reports, folder / "conformal.png", title),
         ]
+        if ladder is not None and isinstance(ladder.prior, DiffusionPrior):
+            notes["scores of a diffusion"] = _NOISY.format(ladder.prior.num_steps)
     found = Diagnosis(
         wanted,
         alignment,
@@ -384,6 +435,8 @@ def _diagnose(
         pictures,
         round(time.monotonic() - start, 3),
         no_flow,
+        layers,
+        notes,
     )
     run.folder.add_diagnosis(found.to_dict())
     return found

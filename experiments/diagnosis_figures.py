@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001  (mathematical symbols)
-"""Pictures of a diagnosis: scores inside and outside, ROC curves, conformal tests, log p(z) and a density."""
+"""Pictures of a diagnosis: layers, scores inside and outside, ROC curves, conformal tests, log p(z)."""
 
 import math
 from collections.abc import Mapping
@@ -12,14 +12,18 @@ from torch import Tensor
 from pvae import canvas
 from pvae.evaluation import OODReport, roc_curve
 
+from .ladder_report import LadderReport
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["conformal_curves", "density_scatter", "roc_curves", "score_histograms"]
+__all__ = ["conformal_curves", "density_scatter", "layer_bars", "roc_curves", "score_histograms"]
 
 _BINS = 48
 _ALPHAS = torch.linspace(0.0, 0.2, 201, dtype=torch.float64)
 _POINTS = 2000
+_MAPS_ACROSS = 8
 
 # The quantities themselves, not their signed scores: a reader looks for log p(z) where it is high.
 _QUANTITIES = {
@@ -36,6 +40,46 @@ _SHORT = {
     "elbo": "ELBO",
     "log_prob": "log p(x)",
 }
+
+
+def layer_bars(report: LadderReport, path: Path, title: str = "") -> Path:
+    """Draw the KL of each layer on held-out and training data with its active units, and where it is paid.
+
+    Maps show the mean KL of each place of a layer that is an image, on one scale of colours for all; the map
+    of u is the log-variance of r(u | x).
+
+    Args:
+        report: The layers.
+        path: PNG to write.
+        title: Line above the panels.
+    """
+    layers, u = report.test.layers, report.u
+    planes = {layer.name: layer.plane for layer in layers if layer.plane is not None}
+    count = len(planes) + (u is not None)
+    rows, width = -(-count // _MAPS_ACROSS), max(6.4, 0.55 * len(layers) + 1.6)
+    across = -(-count // max(1, rows))
+    side = min(1.2, (width - 0.4) / max(1, across))  # inches
+    heights = (3.2, *([side + 0.3] * rows))
+    with canvas.look(grid=False):
+        figure = canvas.figure(width, sum(heights))
+        if not rows:
+            _bars(figure.subplots(), report)
+            return canvas.save(figure, path, title)
+        above, below = figure.subfigures(2, 1, height_ratios=(heights[0], sum(heights[1:])))
+        _bars(above.subplots(), report)
+        grid = below.add_gridspec(rows, across)
+        panels = [below.add_subplot(grid[i // across, i % across]) for i in range(count)]
+        if u is not None:
+            # First, as it is in the model.
+            low, high = (float(end) for end in u.log_variance.aminmax())
+            name = f"r(u | x): log var\n{low:.1f} to {high:.1f}"
+            _map(panels[0], u.log_variance.mean(0), name, vmin=u.bounds[0], vmax=u.bounds[1], cmap="viridis")
+        if planes:
+            largest = max(float(plane.max()) for plane in planes.values())
+            for axes, (name, plane) in zip(panels[-len(planes) :], planes.items(), strict=True):
+                name = f"{name}: KL by place\nup to {float(plane.max()):.2g} nats"
+                _map(axes, plane, name, vmin=0.0, vmax=largest or 1.0, cmap="magma")
+        return canvas.save(figure, path, title)
 
 
 def score_histograms(reports: Mapping[str, OODReport], path: Path, name: str, title: str = "") -> Path:
@@ -183,6 +227,45 @@ def density_scatter(
         )
         _legend(figure)
         return canvas.save(figure, path, title)
+
+
+def _bars(axes: "Axes", report: LadderReport) -> None:
+    """Bars of the KL of each layer, with the active units above and the KL under another's u as points."""
+    layers, places = report.test.layers, range(len(report.test.layers))
+    top = 0.0
+    for i, (label, part) in enumerate((("held-out data", report.test), ("training data", report.train))):
+        heights, errors = ([getattr(layer, of) for layer in part.layers] for of in ("mean", "standard_error"))
+        at = [place + 0.4 * i - 0.2 for place in places]
+        axes.bar(at, heights, 0.38, yerr=errors, color=_colour(i), ecolor=canvas.GREY, label=label)
+        top = max(top, *heights)
+    if report.u is not None:
+        other = report.u.exchange.other
+        at = [place - 0.2 for place, layer in zip(places, layers, strict=True) if layer.name in other]
+        points = [float(kl.mean()) for kl in other.values()]
+        axes.plot(at, points, "D", color=_colour(3), markersize=4, label="held-out, with u of another datum")
+        top = max(top, *points)
+    for place, layer in zip(places, layers, strict=True):
+        highest = max(layer.mean, report.train[layer.name].mean)
+        axes.annotate(
+            f"{layer.active}/{layer.size}",
+            (place, highest),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color=canvas.GREY,
+        )
+    axes.set(ylabel="KL, nats", ylim=(0, 1.14 * top or 1.0), title="rate of each layer; active units above")
+    axes.set_xticks(list(places), [layer.name for layer in layers])
+    axes.legend(loc="best", fontsize=8)
+
+
+def _map(axes: "Axes", plane: Tensor, name: str, **look: Any) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(name, fontsize=7)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.imshow(plane.numpy(), **look)
 
 
 def _share_below(p_values: Tensor) -> Tensor:

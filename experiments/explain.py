@@ -8,9 +8,11 @@ from pvae.guides import TiedGuide
 from pvae.nn import Encoder
 from pvae.priors import VampPrior
 
+from . import explain_ladder
 from .explain_alignment import explain_alignment
 from .notes import notes
 from .program import Program
+from .registry import TABLES
 from .spec import Spec
 
 __all__ = ["explain", "num_parameters", "objective"]
@@ -22,6 +24,7 @@ _ORDER = (
     ("likelihood", "likelihood"),
     ("decoder", "decoder"),
     ("posterior", "guide"),
+    ("pseudoinput", "u"),
     ("encoder", "encoder"),
 )
 
@@ -54,20 +57,24 @@ def explain(spec: Spec, data: Data | None, program: Program | None = None) -> st
     """
     symbols = _symbols(spec, data)
     source = spec.data.name if data is None else str(data.protocol)
-    rows = [("data", f"x ∈ {symbols['x']}   {source}"), ("latent", f"z ∈ {symbols['z']}"), ("", "")]
+    if data is not None:
+        program = program or spec.build(data)
+    rows = [("data", f"x ∈ {symbols['x']}   {source}"), *_latent(spec, symbols, program), ("", "")]
     given = _Labels(spec)
     for table, heading in _ORDER:
+        if TABLES[table] == "none" == spec.parts()[table][1].kind:
+            continue
         part, keys = spec.parts()[table]
         arguments = _words(keys.arguments())
         said, *where = given.written(part.symbols.format(**symbols, **arguments)).split("\n")
         if table == "encoder" and spec.posterior.kind in _TIED:
             said = said.replace("μ, σ:", "f:")
+        if table == "prior":
+            said = explain_ladder.words(spec, said)
         rest = {name: value for name, value in arguments.items() if f"{{{name}" not in part.symbols}
         if not arguments.get("label_dim"):
             rest.pop("label_embedding", None)
         rows += [(heading, said + _detail(rest)), *(("", line) for line in where)]
-    if data is not None:
-        program = program or spec.build(data)
     rows += [
         ("", ""),
         *([("first stage", _first_stage(spec))] if spec.autoencoder else []),
@@ -77,10 +84,13 @@ def explain(spec: Spec, data: Data | None, program: Program | None = None) -> st
         *([("cost", _cost(spec))] if spec.posterior.kind in _TIED else []),
         *((heading, given.written(line)) for heading, line in _alignment(spec, data, program)),
         *((heading, given.written(line)) for heading, line in _evaluation(spec)),
+        *explain_ladder.judged(spec, program),
     ]
     if data is not None and program is not None:
         counts = ", ".join(f"{name} {count:,}" for name, count in num_parameters(program).items())
         rows += [("", ""), ("parameters", counts)]
+        if spec.model.kind in explain_ladder.KINDS:
+            rows += explain_ladder.cost(program, data)
         rows += [("note", note) for note in notes(spec, program, data)]
     title = [spec.description, ""] if spec.description else []
     return "\n".join([*title, *(f"{heading:<11} {line}".rstrip() for heading, line in rows)])
@@ -91,6 +101,8 @@ def objective(spec: Spec) -> str:
     settings = spec.fit.arguments()
     kind, k = settings["objective"], settings["num_particles"]
     beta = bool(settings["beta_warmup"])
+    if kind in ("elbo", "mean_field") and spec.model.kind in explain_ladder.KINDS:
+        return f"{explain_ladder.bound(spec)},  {_counted(k, 'draw')}"
     if kind in ("elbo", "mean_field") and spec.posterior.arguments().get("objective") == "fif":
         volume = "½ log det(2π σ² f′(x) f′(x)ᵀ)"
         latent = f"β (log p(z) + {volume})" if beta else f"log p(z) + {volume}"
@@ -156,6 +168,12 @@ class _Labels:
         for plain, conditioned in self._pairs:
             text = text.replace(plain, conditioned)
         return text
+
+
+def _latent(spec: Spec, symbols: dict[str, Any], program: Program | None) -> list[tuple[str, str]]:
+    if spec.model.kind in explain_ladder.KINDS:
+        return explain_ladder.latents(spec, program)
+    return [("latent", f"z ∈ {symbols['z']}")]
 
 
 def _first_stage(spec: Spec) -> str:
@@ -272,12 +290,13 @@ def _evaluation(spec: Spec) -> list[tuple[str, str]]:
 def _symbols(spec: Spec, data: Data | None) -> dict[str, Any]:
     """The spaces of x and z, and the numbers that parts may name beside their keys."""
     z = f"ℝ{_superscript(spec.z_dim)}"
+    shared = {"z": z, "z_dim": spec.z_dim, **explain_ladder.placed(spec)}
     if data is None:
-        return {"x": "X", "z": z, "levels": "L", "z_dim": spec.z_dim}
+        return {"x": "X", "levels": "L", **shared}
     space = {"binary": "{0, 1}", "unit": "[0, 1]", "count": "ℕ", "real": "ℝ"}[data.protocol.values]
     first, *more = data.x_shape
     power = f"^({'×'.join(map(str, data.x_shape))})" if more else _superscript(first)
-    return {"x": space + power, "z": z, "levels": data.protocol.levels, "z_dim": spec.z_dim}
+    return {"x": space + power, "levels": data.protocol.levels, **shared}
 
 
 def _superscript(number: int) -> str:
@@ -285,7 +304,16 @@ def _superscript(number: int) -> str:
 
 
 def _words(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: "-".join(map(str, v)) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    return {name: _joined(value) for name, value in arguments.items()}
+
+
+def _joined(value: Any) -> Any:
+    """Widths as 300-300, and planes with the number of their latents as 14:2-7:2."""
+    if not isinstance(value, tuple):
+        return value
+    if any(isinstance(v, float) for v in value):
+        return " to ".join(f"{v:g}" for v in value)
+    return "-".join(":".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in value)
 
 
 def _detail(rest: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "PANELS",
     "densities",
     "draw_samples",
+    "given_grid",
     "labelled_grid",
     "loss_curves",
     "read_metrics",
@@ -108,7 +109,12 @@ def reconstructions(
 
 
 def draw_samples(
-    program: Program, num: int, seed: int = 0, y: Tensor | None = None, **options: Any
+    program: Program,
+    num: int,
+    seed: int = 0,
+    y: Tensor | None = None,
+    u: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``z`` from the prior; return means of p(x | z) and draws of x, each ``(num, *x_shape)``.
 
@@ -119,14 +125,19 @@ def draw_samples(
         num: Number of draws.
         seed: Seed of the draws; with the same one, other labels or options meet the same noise.
         y: Labels of a conditional model, ``num`` of them or one.
-        **options: Further arguments of the model's ``sample``.
+        u: Pseudoinput that all draws share, ``u_shape``, of a model with ``sample_given``.
+        **options: Further arguments of the model's ``sample``, or of ``sample_given``.
     """
+    model: Any = program.model
     given = options if y is None else {"y": y.to(device_of(*program)), **options}
     pictures = []
     with evaluating(*program):
         for mean in (True, False):
             torch.manual_seed(seed)
-            pictures.append(program.model.sample(num, mean=mean, **given))  # type: ignore[operator]
+            if u is None:
+                pictures.append(model.sample(num, mean=mean, **given))
+            else:
+                pictures.append(model.sample_given(u.unsqueeze(0), num, mean=mean, **given)[0])
     return pictures[0], pictures[1]
 
 
@@ -184,6 +195,32 @@ def labelled_grid(
     with canvas.look(grid=first.ndim != 4):
         figure = _label_rows(shown, bounds) if first.ndim == 4 else _scatter(shown)
         return canvas.save(figure, path, title)
+
+
+def given_grid(
+    given: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    draws: Mapping[str, Tensor],
+    path: Path,
+    title: str = "",
+    *,
+    panels: tuple[str, str] = PANELS,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Path:
+    """Draw a row for each image of which a model is given a low-pass picture: both, then what it makes of it.
+
+    Args:
+        given: Image and low-pass picture by label, each ``(2, C, H, W)``, in the units of the data.
+        means: Means of p(x | z) of each label, each ``(N, C, H, W)``.
+        draws: Draws of x of each label, from the same latents.
+        path: PNG to write.
+        title: Line above the panels.
+        panels: What stands above the means and above the draws.
+        bounds: Values shown as black and as white, see :func:`value_range`.
+    """
+    shown = {"x, low-pass": given} | dict(zip(panels, (means, draws), strict=True))
+    with canvas.look(grid=False):
+        return canvas.save(_label_rows(shown, bounds), path, title)
 
 
 def densities(targets: Tensor, before: Tensor, after: Tensor, path: Path, title: str = "") -> Path:
@@ -333,23 +370,28 @@ def _same_limits(axes: Any, points: Any) -> None:
 def _label_rows(panels: Mapping[str, Mapping[str, Tensor]], bounds: tuple[float, float]) -> "Figure":
     """Draw a row of images for each label, the labels left of the first panel."""
     rows = next(iter(panels.values()))
-    first = next(iter(rows.values()))
-    columns, (rise, run) = len(first), first.shape[2:]
+    rise, run = next(iter(rows.values())).shape[2:]
+    columns = [len(next(iter(shown.values()))) for shown in panels.values()]
     labels = [_wrapped(label) for label in rows]
     lines = max(label.count("\n") + 1 for label in labels)
     letters = max(len(line) for label in labels for line in label.split("\n"))
 
     # In inches: a row is as tall as its text needs, a panel as wide as its heading needs.
     row = max(0.4, 0.04 + 0.14 * lines)
-    wide = max(0.2 + 0.07 * max(map(len, panels)), row * columns * run / rise)
-    width, height = 0.3 + 0.075 * letters + len(panels) * wide, 0.7 + row * len(rows)
+    needed = zip(panels, columns, strict=True)
+    wide = [max(0.2 + 0.07 * len(name), row * n * run / rise) for name, n in needed]
+    if len(set(columns)) == 1:  # panels alike
+        wide = [max(wide)] * len(wide)
+    width, height = 0.3 + 0.075 * letters + sum(wide), 0.7 + row * len(rows)
+    grids = [
+        _grid(torch.cat(list(shown.values())), n, bounds)
+        for shown, n in zip(panels.values(), columns, strict=True)
+    ]
     figure = canvas.figure(min(width, _LARGEST), min(height, _LARGEST))
-    for i, (panel, (name, shown)) in enumerate(
-        zip(figure.subplots(1, len(panels)), panels.items(), strict=True)
-    ):
-        panel.imshow(
-            _grid(torch.cat(list(shown.values())), columns, bounds), interpolation="nearest", vmin=0, vmax=1
-        )
+    # A pixel has the same size in every panel, so that rows go through.
+    axes = figure.subplots(1, len(panels), width_ratios=[grid.shape[1] for grid in grids])
+    for i, (panel, name, grid) in enumerate(zip(axes, panels, grids, strict=True)):
+        panel.imshow(grid, interpolation="nearest", vmin=0, vmax=1)
         panel.set_title(name)
         panel.set_anchor("NW")
         panel.spines[:].set_visible(False)

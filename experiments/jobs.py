@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from pvae.data import Data, Split
-from pvae.evaluation import LikelihoodEstimate, log_likelihood
+from pvae.evaluation import LikelihoodEstimate, NestedEstimate, log_likelihood, nested_likelihood
 from pvae.guides import FiveGuide, laplace_proposal
 from pvae.inference import Run, fit
 
 from . import figures, sampling
 from .aligning import begin as begin_alignment
+from .given import low_pass
 from .monitors import jacobian_curves, jacobian_monitor
 from .notes import notes
 from .program import Program, SpecError
@@ -23,7 +24,16 @@ from .runs import OpenRun, RunFolder, environment
 from .spec import Evaluate, Spec
 from .stages import pretrain
 
-__all__ = ["SMALL_PASS", "Trained", "better_bound", "evaluate", "sample", "train", "use_threads"]
+__all__ = [
+    "SMALL_PASS",
+    "Trained",
+    "better_bound",
+    "compare_bounds",
+    "evaluate",
+    "sample",
+    "train",
+    "use_threads",
+]
 
 SMALL_PASS = 2**26
 """Multiplications of weights below which :func:`use_threads` chooses one thread; a few milliseconds."""
@@ -37,14 +47,14 @@ class Trained(NamedTuple):
         run: What :func:`pvae.fit` returned.
         pictures: PNG files.
         notes: What may surprise, one sentence each.
-        estimates: Held-out likelihood under each proposal, if the spec asks for it after training.
+        estimates: What :func:`evaluate` returned, if the spec asks for it after training.
     """
 
     folder: RunFolder
     run: Run
     pictures: list[Path]
     notes: list[str]
-    estimates: tuple[LikelihoodEstimate, ...]
+    estimates: tuple[LikelihoodEstimate | NestedEstimate, ...]
 
 
 def train(
@@ -132,7 +142,7 @@ def train(
         said = [*said, *monitor.problems]
     if alignment is not None:
         alignment.keep(run.steps)
-    pictures = _pictures(spec, folder, program, data)
+    pictures = _pictures(spec, folder, program, data, progress)
     if alignment is not None:
         folder.update_manifest(alignment=alignment.summary())
         said = [*said, *alignment.notes()]
@@ -144,8 +154,11 @@ def train(
 
 def evaluate(
     run: OpenRun, settings: Evaluate, *, batch_size: int | None = None, progress: bool | None = None
-) -> tuple[LikelihoodEstimate, ...]:
+) -> tuple[LikelihoodEstimate | NestedEstimate, ...]:
     """Estimate the held-out log-likelihood of a run and keep it in ``evaluation.json``.
+
+    A diffusion prior has its density estimated along a chain of steps. Its estimates are followed by the
+    nested bound with as many particles, which knows no steps.
 
     Args:
         run: The run.
@@ -155,33 +168,32 @@ def evaluate(
         progress: Whether to show a bar; by default on a terminal only.
 
     Returns:
-        One estimate for each proposal, the guide's own first; each is a record of its own in the file.
+        One estimate for each proposal, the guide's own first, with the nested bound under it, if any, behind
+        it; each is a record of its own in the file.
 
     Raises:
         SpecError: If the program has no such proposal.
         pvae.data.MissingPart: If the data have no such split.
     """
-    split, estimates = _part(run.data, settings), []
+    split = _part(run.data, settings)
+    estimates: list[LikelihoodEstimate | NestedEstimate] = []
     for name, proposal in _proposals(run.program, settings).items():
         start = time.monotonic()
-        estimate = log_likelihood(
-            run.model,
-            proposal,
-            split,
-            num_particles=settings.num_particles,
-            batch_size=batch_size,
-            seed=settings.seed,
-            progress=progress,
-        )
-        run.folder.add_evaluation(
-            {
-                "settings": settings.model_dump(exclude={"after_training"}) | {"proposal": name},
-                "text": str(estimate),
-                "seconds": round(time.monotonic() - start, 3),
-                **estimate.to_dict(),
-            }
-        )
-        estimates.append(estimate)
+        options: dict[str, Any] = {
+            "num_particles": settings.num_particles,
+            "batch_size": batch_size,
+            "seed": settings.seed,
+            "progress": progress,
+        }
+        full = log_likelihood(run.model, proposal, split, **options)
+        _keep(run, settings, full, start, proposal=name)
+        estimates.append(full)
+        if full.num_steps is not None:
+            start = time.monotonic()
+            nested = nested_likelihood(run.model, proposal, split, **options)
+            draws = {"num_draws": nested.num_draws, "num_times": nested.num_times}
+            _keep(run, settings, nested, start, proposal=name, bound="nested", **draws)
+            estimates.append(nested)
     return tuple(estimates)
 
 
@@ -206,6 +218,24 @@ def better_bound(own: LikelihoodEstimate, laplace: LikelihoodEstimate) -> str:
     return f"{said}: the one under the {name} proposal is better, by {abs(gap):.2f} nats"
 
 
+def compare_bounds(full: LikelihoodEstimate, nested: NestedEstimate) -> str:
+    """Say in one sentence how far apart the full and the nested bound of one model are.
+
+    The full bound is of the model in T steps, the nested one of its limit of many steps. The full one is at
+    most lower by what the steps cost, and higher by what u drawn outside the logarithm costs.
+
+    Args:
+        full: With the density of u estimated along the chain.
+        nested: Under the same proposal.
+    """
+    gap, error = full.mean - nested.mean, math.hypot(full.monte_carlo_error, nested.monte_carlo_error)
+    place = "above" if gap >= 0 else "below"
+    said = f"the full bound ({full.num_steps} steps) is {abs(gap):.2f} nats {place} the nested one"
+    if gap < -2 * error:
+        return f"{said}: more steps{'' if full.calibrated else ', calibration'} or particles would raise it"
+    return f"{said}, Monte-Carlo error {error:.2f}"
+
+
 def use_threads(program: Program, spec: Spec, threads: int | None = None) -> None:
     """Set the number of torch's threads on the CPU for this process.
 
@@ -225,16 +255,24 @@ def use_threads(program: Program, spec: Spec, threads: int | None = None) -> Non
         torch.set_num_threads(1)
 
 
-def sample(run: OpenRun, wanted: sampling.Wanted | None = None, out: Path | None = None) -> sampling.Drawn:
+def sample(
+    run: OpenRun,
+    wanted: sampling.Wanted | None = None,
+    out: Path | None = None,
+    *,
+    progress: bool | None = None,
+) -> sampling.Drawn:
     """Draw from the model of a run and write a PNG.
 
-    All rows of a picture are drawn from the same noise: a column shows what the label or the scale changes.
+    All rows of a picture are drawn from the same noise: a column shows what the label, the scale or the
+    pseudoinput changes.
 
     Args:
         run: The run.
         wanted: What to draw, 64 images or 500 points if absent; those of a conditional model have labels of
             held-out rows.
         out: PNG file, by default one in the ``figures`` of the run that is named after what was asked for.
+        progress: Whether to show a bar; by default on a terminal only.
 
     Raises:
         SpecError: If the model or its data do not have what is asked for.
@@ -242,19 +280,25 @@ def sample(run: OpenRun, wanted: sampling.Wanted | None = None, out: Path | None
     wanted = wanted or sampling.Wanted()
     plan = sampling.plan(run, wanted)
     path = out or run.folder.figures / f"{plan.name}.png"
-    drawn = [
-        figures.draw_samples(run.program, plan.num, wanted.seed, row.y, **plan.options, **row.options)
-        for row in plan.rows
-    ]
+    with sampling.watched(run.model, plan, progress):
+        drawn = [
+            figures.draw_samples(run.program, plan.num, wanted.seed, row.y, **plan.options, **row.options)
+            for row in plan.rows
+        ]
     title, bounds = _title(run.spec), figures.value_range(run.data.train)
-    if not plan.rows[0].label:
-        figures.samples(*drawn[0], path, title, panels=plan.panels, bounds=bounds)
-    else:
-        means, draws = (
-            {row.text: pair[i] for row, pair in zip(plan.rows, drawn, strict=True)} for i in (0, 1)
-        )
+    means, draws = ({row.text: pair[i] for row, pair in zip(plan.rows, drawn, strict=True)} for i in (0, 1))
+    near = None
+    if wanted.given is not None:
+        given = {row.text: row.shown for row in plan.rows if row.shown is not None}
+        figures.given_grid(given, means, draws, path, title, panels=plan.panels, bounds=bounds)
+        u = [row.options["u"] for row in plan.rows]
+        held = sampling.held_out(run.data)
+        near = low_pass(run.model.pseudoinput, u, list(means.values()), list(draws.values()), held)
+    elif plan.rows[0].label:
         figures.labelled_grid(means, path, title, draws=draws, panels=plan.panels, bounds=bounds)
-    return sampling.Drawn(path, plan)
+    else:
+        figures.samples(*drawn[0], path, title, panels=plan.panels, bounds=bounds)
+    return sampling.Drawn(path, plan, near)
 
 
 def _first_stage(
@@ -295,6 +339,24 @@ def _proposals(
     return found
 
 
+def _keep(
+    run: OpenRun,
+    settings: Evaluate,
+    estimate: LikelihoodEstimate | NestedEstimate,
+    start: float,
+    **of_its_own: Any,
+) -> None:
+    """Keep an estimate that was begun at ``start``; one with the same settings gives way."""
+    run.folder.add_evaluation(
+        {
+            "settings": settings.model_dump(exclude={"after_training"}) | of_its_own,
+            "text": str(estimate),
+            "seconds": round(time.monotonic() - start, 3),
+            **estimate.to_dict(),
+        }
+    )
+
+
 def _part(data: Data, settings: Evaluate) -> Split:
     split: Split = getattr(data, settings.split)
     if settings.limit is None or settings.limit >= len(split):
@@ -302,11 +364,13 @@ def _part(data: Data, settings: Evaluate) -> Split:
     return split[torch.linspace(0, len(split) - 1, settings.limit, dtype=torch.float64).long()]
 
 
-def _pictures(spec: Spec, folder: RunFolder, program: Program, data: Data) -> list[Path]:
+def _pictures(
+    spec: Spec, folder: RunFolder, program: Program, data: Data, progress: bool | None
+) -> list[Path]:
     shown, title = sampling.held_out(data), _title(spec)
     drawn = [
         figures.reconstructions(program, shown, folder.figures / "reconstructions.png", title),
-        sample(OpenRun(folder, spec, data, *program)).path,
+        sample(OpenRun(folder, spec, data, *program), progress=progress).path,
     ]
     metrics = figures.read_metrics(folder.metrics)
     if any("loss" in row for row in metrics):

@@ -1,5 +1,7 @@
 """What a spec may do but might surprise: one sentence each."""
 
+from typing import Any
+
 from torch.distributions import kl_divergence
 
 from pvae.data import Data
@@ -30,7 +32,7 @@ def notes(spec: Spec, program: Program, data: Data) -> list[str]:
     kl = spec.prior.arguments().get("kl", "mc")
     if kl != "mc" and objective != "mean_field":
         found.append(f"prior.kl = '{kl}' enters the objective 'mean_field' alone, not '{objective}'")
-    if spec.prior.kind == "vamp" and spec.posterior.kind != "normal":
+    if spec.prior.kind == "vamp" and spec.posterior.kind not in ("normal", "hvae"):
         found.append("the vamp prior mixes the encoder's diagonal Gaussians, not this posterior itself")
     if spec.posterior.kind in ("five", "laplace"):
         if spec.likelihood.kind == "bernoulli":
@@ -47,7 +49,7 @@ def notes(spec: Spec, program: Program, data: Data) -> list[str]:
 
 
 def _has_closed_form(program: Program, data: Data) -> bool:
-    """Whether Pyro knows the KL of every latent of this pair."""
+    """Whether Pyro knows the KL of a latent of this pair; of a ladder it knows all but that of u."""
     prior = getattr(program.model, "prior", None)
     if isinstance(prior, CodePrior):  # not fitted before its first stage
         return prior.kl != "mc" or prior.variant in ("diag", "full", "paired")
@@ -61,9 +63,12 @@ def _has_closed_form(program: Program, data: Data) -> bool:
         latents = {name: site.value for name, site in q.sites.items() if not site.observed}
         with SiteRecorder(latents) as p:
             program.model(*args)
-        try:
-            for name in latents:
-                kl_divergence(q.sites[name].fn, p.sites[name].fn)
-        except NotImplementedError:
-            return False
+        return any(_known_kl(q.sites[name].fn, p.sites[name].fn) for name in latents)
+
+
+def _known_kl(q: Any, p: Any) -> bool:
+    try:
+        kl_divergence(q, p)
+    except NotImplementedError:
+        return False
     return True

@@ -22,6 +22,7 @@ from pvae.likelihoods import (
 )
 from pvae.models import VAE, XVAE, ConditionalVAE
 from pvae.nn import (
+    BottomUp,
     ConvDecoder,
     ConvEncoder,
     Encoder,
@@ -262,6 +263,7 @@ def mixture(
     """Start a Gaussian mixture at random, or at a fit to the untrained encoder's codes of training data."""
     if init == "random":
         return GaussianMixture(z_dim, components)
+    _needs_codes(encoder)
     with torch.no_grad():
         some = data.train[: max(_NUM_CODES, 4 * components)]
         loc, scale = encoder(some.x, some.y)
@@ -295,6 +297,7 @@ def vamp(
         ValueError: If there are fewer training data than pseudoinputs to be drawn from them, or the encoder
             sees labels, which pseudoinputs lack.
     """
+    _needs_codes(encoder)
     if encoder.labels is not None:
         raise ValueError("pseudoinputs have no labels: set encoder.label_dim = 0")
     if init == "data":
@@ -308,6 +311,13 @@ def vamp(
         u = torch.full((components, *data.x_shape), init_mean)
     u = u + init_scale * torch.randn_like(u)
     return VampPrior(encoder, u if bounds is None else _inside(u, *bounds), bounds)
+
+
+def _needs_codes(encoder: object) -> None:
+    if isinstance(encoder, BottomUp):
+        raise ValueError(
+            "a ladder's encoder gives features, not codes that this prior could start from or mix"
+        )
 
 
 def _inside(u: Tensor, low: float, high: float) -> Tensor:

@@ -1,5 +1,6 @@
 """From a checked spec to a model and its guide: each part is built when another first asks for it."""
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,12 @@ from pvae.priors import CodePrior
 from .registry import PARTS, PartKeys
 
 __all__ = ["Program", "SpecError", "build"]
+
+# Kinds that are made for each other: if one of them stands in a spec, all must.
+_TOGETHER: tuple[dict[str, str], ...] = (
+    {"model": "ladder", "posterior": "ladder", "encoder": "ladder", "decoder": "ladder"},
+    {"model": "hvae", "posterior": "hvae", "decoder": "pair"},
+)
 
 _VALUES = {"binary": "x in {0, 1}", "unit": "x in [0, 1]", "count": "counts", "real": "real x"}
 
@@ -54,7 +61,8 @@ def build(parts: Mapping[str, PartKeys], data: Data, z_dim: int, seed: int) -> P
         SpecError: If a part refuses its arguments, or the likelihood the values of the data.
     """
     _check_values(parts["likelihood"].kind, data)
-    workshop = _Workshop(parts, {"data": data, "z_dim": z_dim, **_facts(data)}, seed)
+    _check_together({table: keys.kind for table, keys in parts.items()})
+    workshop = _Workshop(parts, {"data": data, **_facts(data)}, z_dim, seed)
     program = Program(workshop["model"], workshop["posterior"])
     _check_labels(parts, program)
     if isinstance(getattr(program.model, "prior", None), CodePrior) and not isinstance(program.model, XVAE):
@@ -65,22 +73,48 @@ def build(parts: Mapping[str, PartKeys], data: Data, z_dim: int, seed: int) -> P
     return program
 
 
+def _check_together(kinds: Mapping[str, str]) -> None:
+    """Refuse a part beside others that it is not made for."""
+    for family in _TOGETHER:
+        ours = {table: kind for table, kind in family.items() if kinds[table] == kind}
+        if ours and ours != family:
+            table, kind = next(iter(ours.items()))
+            other, wanted = next(pair for pair in family.items() if pair[0] not in ours)
+            raise SpecError(
+                f"[{table}] kind = '{kind}' needs [{other}] kind = '{wanted}', got '{kinds[other]}'"
+            )
+    # The plain ladder alone has its priors in the network, and a ladder alone has pseudoinputs.
+    odd = {"prior": kinds["prior"] == "none", "pseudoinput": kinds["pseudoinput"] != "none"}
+    for table, is_odd in odd.items():
+        if is_odd and kinds["model"] != "ladder":
+            raise SpecError(
+                f"[{table}] kind = '{kinds[table]}' needs [model] kind = 'ladder', got '{kinds['model']}'"
+            )
+
+
 class _Workshop:
     """What builders may ask for, by the names in ``SUPPLIED``."""
 
-    def __init__(self, parts: Mapping[str, PartKeys], made: dict[str, Any], seed: int) -> None:
+    def __init__(self, parts: Mapping[str, PartKeys], made: dict[str, Any], z_dim: int, seed: int) -> None:
         self._parts = parts
         self._made = made
+        self._size = z_dim
         self._seed = seed
         self._waiting: list[str] = []
+        self._derived = {"out_shape": self._out_shape, "z_dim": self._z_dim}
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._made:
-            self._made[name] = self._out_shape() if name == "out_shape" else self._build(name)
+            self._made[name] = self._derived[name]() if name in self._derived else self._build(name)
         return self._made[name]
 
     def _out_shape(self) -> tuple[int, ...]:
         return tuple(self["likelihood"].param_shape(self["x_shape"]))
+
+    def _z_dim(self) -> int:
+        """Size of what the prior is of."""
+        pseudoinput = self["pseudoinput"]
+        return self._size if pseudoinput is None else math.prod(pseudoinput.u_shape)
 
     def _build(self, table: str) -> Any:
         keys = self._parts[table]

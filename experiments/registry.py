@@ -45,6 +45,7 @@ TABLES: dict[str, str] = {
     "encoder": "mlp",
     "decoder": "mlp",
     "likelihood": "bernoulli",
+    "pseudoinput": "none",
 }
 """The tables that hold parts, each with the kind it has when the spec does not say."""
 

@@ -1,9 +1,10 @@
-"""What ``pvae sample`` draws: which labels, under which options of the model, in which rows."""
+"""What ``pvae sample`` draws: labels or pseudoinputs, under which options of the model, in which rows."""
 
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from pvae.data import Data, Split
+from pvae.inference.isolation import device_of, evaluating
+from pvae.inference.progress import reporting
 
+from .given import LowPass, evenly
 from .program import SpecError
 from .registry import PARTS, nearest
 from .runs import OpenRun
@@ -20,6 +24,7 @@ from .runs import OpenRun
 __all__ = [
     "RARE",
     "SCALES",
+    "TEMPERATURES",
     "Drawn",
     "Plan",
     "Row",
@@ -28,10 +33,14 @@ __all__ = [
     "held_out_labels",
     "plan",
     "rare_pairs",
+    "watched",
 ]
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Rows of a sweep over the scale of the latents."""
+
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+"""Rows of a sweep over the temperature of the priors."""
 
 RARE = 0.005
 """Share of the training data below which a pair of attribute values is rare."""
@@ -40,6 +49,7 @@ _MOST_RARE = 8
 # Draws in all and in a row of a picture: of images, and of points, which only in numbers show where they lie.
 _IMAGES, _POINTS = (64, 8), (500, 100)
 _CHOICES = {"sampling": ("exact", "paper"), "scale_mode": ("within", "global")}
+_SWEEPS = {"scale": SCALES, "temperature": TEMPERATURES}
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,9 @@ class Wanted:
         scale: Factor of the latents' standard deviation.
         scale_mode: ``"within"`` or ``"global"``.
         scale_sweep: One row for each of :data:`SCALES`.
+        temperature: Factor of the variances of all priors.
+        temperature_sweep: One row for each of :data:`TEMPERATURES`.
+        given: Number of held-out images, each a row of draws that share its pseudoinput.
     """
 
     num: int | None = None
@@ -65,16 +78,21 @@ class Wanted:
     scale: float | None = None
     scale_mode: str | None = None
     scale_sweep: bool = False
+    temperature: float | None = None
+    temperature_sweep: bool = False
+    given: int | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """Samples that share a label or a setting.
+    """Samples that share a label, a setting or a pseudoinput.
 
     Attributes:
         label: What it is called; empty for samples that are not in rows.
         note: A second line beside the row.
         y: Labels of the draws, or ``None`` for a model without labels.
+        shown: Image whose pseudoinput u the draws share, and the low-pass picture of u, ``(2, C, H, W)``, or
+            ``None``.
         options: Arguments of the model's ``sample`` for this row.
         facts: What else is known of it, for the record.
     """
@@ -82,6 +100,7 @@ class Row:
     label: str = ""
     note: str = ""
     y: Tensor | None = None
+    shown: Tensor | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, float] = field(default_factory=dict)
 
@@ -115,10 +134,17 @@ class Plan(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A picture and what it shows."""
+    """A picture and what it shows.
+
+    Attributes:
+        path: PNG file.
+        plan: What it shows.
+        low_pass: What conditioning on pseudoinputs achieved, where they were given.
+    """
 
     path: Path
     plan: Plan
+    low_pass: LowPass | None = None
 
 
 def plan(run: OpenRun, wanted: Wanted) -> Plan:
@@ -131,16 +157,21 @@ def plan(run: OpenRun, wanted: Wanted) -> Plan:
         "labels": wanted.labels is not None,
         "attributes": bool(wanted.attributes),
         "scale-sweep": wanted.scale_sweep,
+        "temperature-sweep": wanted.temperature_sweep,
+        "given": wanted.given is not None,
     }
     chosen = [name for name, given in by.items() if given]
     if len(chosen) > 1:
         flags = " and ".join(f"--{name}" for name in chosen)
         raise SpecError(f"{flags} each make the rows of the picture: give one of them")
-    if wanted.scale_sweep and wanted.scale is not None:
-        raise SpecError("--scale is one of the rows of --scale-sweep: give one of the two")
+    swept = next((name for name in _SWEEPS if getattr(wanted, f"{name}_sweep")), None)
+    if swept is not None and getattr(wanted, swept) is not None:
+        raise SpecError(f"--{swept} is one of the rows of --{swept}-sweep: give one of the two")
     for name in {"labels", "attributes"} & set(chosen):
         _need_labels(run, name)
-    options = _options(run, wanted)
+    if wanted.given is not None:
+        _need_pseudoinput(run)
+    options = _options(run, wanted, swept)
 
     in_all, in_a_row = _IMAGES if len(run.data.x_shape) == 3 else _POINTS
     num = wanted.num or (in_a_row if chosen else in_all)
@@ -148,14 +179,17 @@ def plan(run: OpenRun, wanted: Wanted) -> Plan:
         rows = _class_rows(run.data, wanted.labels, num)
     elif wanted.attributes:
         rows = _attribute_rows(run.data, wanted.attributes, num, wanted.seed)
-    elif wanted.scale_sweep:
+    elif wanted.given is not None:
+        rows = _given_rows(run, wanted.given, wanted.seed)
+    elif swept is not None:
         y = _labels_for(run, num, wanted.seed)
         rows = [
-            Row(f"scale {scale:g}", y=y, options={"scale": scale}, facts={"scale": scale}) for scale in SCALES
+            Row(f"{swept} {value:g}", y=y, options={swept: value}, facts={swept: value})
+            for value in _SWEEPS[swept]
         ]
     else:
         rows = [Row(y=_labels_for(run, num, wanted.seed))]
-    return Plan(_name(chosen, options), num, rows, options, _panels(run.model, options, wanted.scale_sweep))
+    return Plan(_name(chosen, options), num, rows, options, _panels(run.model, options, swept, wanted.given))
 
 
 def held_out(data: Data) -> Split:
@@ -174,6 +208,40 @@ def held_out_labels(data: Data, num: int, seed: int = 0) -> Tensor:
     split = held_out(data)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return _labels(split[order[torch.arange(num) % len(split)]])
+
+
+@contextmanager
+def watched(model: Any, plan: Plan, show: bool | None = None) -> Iterator[None]:
+    """Show a bar while what is planned is drawn inside, which counts the passes of the slow networks.
+
+    Those are the denoiser of a diffusion, once for each step, and the layers of a ladder; there is no bar for
+    a model without either, which draws at once.
+
+    Args:
+        model: The model of the run.
+        plan: What is drawn, the means and the draws of each row in a pass of their own.
+        show: Whether to show it; by default on a terminal only.
+    """
+    layers = getattr(getattr(model, "top_down", None), "priors", ())
+    diffuses = hasattr(getattr(model, "prior", None), "denoiser")
+    given = any("u" in row.options for row in plan.rows)
+    passes = dict.fromkeys(layers, 1) | (
+        {model.prior.denoiser: model.prior.num_steps} if diffuses and not given else {}
+    )
+    total, done = 2 * len(plan.rows) * sum(passes.values()), 0
+    with reporting("sampling", total, show if passes else False) as report:
+
+        def count(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            report(done)
+
+        handles = [network.register_forward_hook(count) for network in passes]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def rare_pairs(y: Tensor, below: float = RARE, most: int = _MOST_RARE) -> list[tuple[dict[int, int], float]]:
@@ -214,32 +282,52 @@ def _need_labels(run: OpenRun, option: str) -> None:
         raise SpecError(f"the labels of {run.data.name} are {has}: use {use}, not --{option}")
 
 
-def _options(run: OpenRun, wanted: Wanted) -> dict[str, Any]:
+def _need_pseudoinput(run: OpenRun) -> None:
+    """Refuse pseudoinputs as conditions for a model that has none."""
+    if not hasattr(run.model, "sample_given"):
+        raise SpecError(_lacking("given", run, lambda model: hasattr(model, "sample_given")))
+    if run.model.pseudoinput is None:
+        raise SpecError("--given needs a model with a pseudoinput, but this run's has none")
+
+
+def _options(run: OpenRun, wanted: Wanted, swept: str | None) -> dict[str, Any]:
     """Collect the options of ``model.sample``, and refuse those that this model's does not have."""
-    asked = {"sampling": wanted.sampling, "scale": wanted.scale, "scale_mode": wanted.scale_mode}
+    names = ("sampling", "scale", "scale_mode", "temperature")
+    asked = {name: getattr(wanted, name) for name in names}
     options = {name: value for name, value in asked.items() if value is not None}
-    for name in [*options, *(["scale"] if wanted.scale_sweep else [])]:
+    for name in [*options, *([] if swept is None else [swept])]:
         if not _takes(type(run.model), name):
-            flag = "scale-sweep" if name == "scale" and wanted.scale_sweep else name.replace("_", "-")
-            raise SpecError(_lacking(flag, run, functools.partial(_takes, option=name)))
+            raise SpecError(_lacking(_flag(name, swept), run, functools.partial(_takes, option=name)))
+    # A prior that lies in the model's networks has the model's temperature.
+    prior = getattr(run.model, "prior", None) if wanted.given is None else None
+    if "temperature" in (*options, swept) and prior is not None and not _takes(prior, "temperature"):
+        has = functools.partial(_takes, option="temperature")
+        raise SpecError(_lacking(_flag("temperature", swept), run, has, "prior"))
     for name, known in _CHOICES.items():
         if name in options and options[name] not in known:
-            flag = name.replace("_", "-")
+            flag = _flag(name, swept)
             raise SpecError(f"unknown --{flag} '{options[name]}'{nearest(str(options[name]), known)}")
-    if wanted.scale is not None and not 0 <= wanted.scale < math.inf:
-        raise SpecError(f"--scale must be a finite number of at least 0, got {wanted.scale:g}")
+    for name in _SWEEPS:
+        if not 0 <= options.get(name, 0) < math.inf:
+            raise SpecError(f"--{name} must be a finite number of at least 0, got {options[name]:g}")
     return options
 
 
+def _flag(option: str, swept: str | None) -> str:
+    """What an option is called on the command line."""
+    return f"{option}-sweep" if option == swept else option.replace("_", "-")
+
+
 def _takes(model: Any, option: str) -> bool:
-    """Whether a model class can be sampled with an option."""
+    """Whether a model or a prior can be sampled with an option."""
     return hasattr(model, "sample") and option in inspect.signature(model.sample).parameters
 
 
-def _lacking(option: str, run: OpenRun, has: Callable[[Any], bool]) -> str:
-    """Say which kinds of model have what this one lacks."""
-    kinds = [f"'{kind}'" for kind, part in PARTS["model"].items() if has(_built(part.build))]
-    return f"--{option} needs a model of kind {' or '.join(kinds)}, but this run's is '{run.spec.model.kind}'"
+def _lacking(option: str, run: OpenRun, has: Callable[[Any], bool], table: str = "model") -> str:
+    """Say which kinds of model, or of another part, have what this one lacks."""
+    kinds = [f"'{kind}'" for kind, part in PARTS[table].items() if has(_built(part.build))]
+    ours = getattr(run.spec, table).kind
+    return f"--{option} needs a {table} of kind {' or '.join(kinds)}, but this run's is '{ours}'"
 
 
 def _built(build: Callable[..., Any]) -> Any:
@@ -361,6 +449,26 @@ def _completed(y: Tensor, values: Mapping[int, int], num: int, seed: int) -> tup
     return completed, int((found == completed).all(1).sum())
 
 
+def _given_rows(run: OpenRun, num: int, seed: int) -> list[Row]:
+    """One row for each of ``num`` held-out images: draws that share its pseudoinput."""
+    split = held_out(run.data)
+    least = max(num, 2)  # two to compare with one another
+    if len(split) < least:
+        raise SpecError(
+            f"--given {num} needs at least {least} held-out images, but {run.data.name} has {len(split)}"
+        )
+    at = evenly(len(split), num, seed)
+    x = split[at].x.to(device_of(run.model))
+    reduce: Any = run.model.pseudoinput
+    with evaluating(run.model):
+        u = reduce(x)
+        shown = torch.stack((x, reduce.context(u)), 1)
+    return [
+        Row(f"{split.name} {i}", shown=shown[k], options={"u": u[k]}, facts={"position": i})
+        for k, i in enumerate(at.tolist())
+    ]
+
+
 def _labels_for(run: OpenRun, num: int, seed: int) -> Tensor | None:
     conditional = getattr(run.model, "conditional", False)
     return held_out_labels(run.data, num, seed) if conditional else None
@@ -376,19 +484,25 @@ def _labels(split: Split) -> Tensor:
 
 def _name(chosen: Sequence[str], options: Mapping[str, Any]) -> str:
     """Name of the picture: samples drawn otherwise do not replace those of training."""
-    how = [f"scale-{value:g}" if name == "scale" else str(value) for name, value in options.items()]
+    how = [f"{name}-{value:g}" if name in _SWEEPS else str(value) for name, value in options.items()]
     return "-".join([*(chosen or ["samples"]), *how])
 
 
-def _panels(model: Any, options: Mapping[str, Any], sweep: bool) -> tuple[str, str]:
+def _panels(
+    model: Any, options: Mapping[str, Any], swept: str | None, conditioned: int | None
+) -> tuple[str, str]:
     """What stands above the panels, in symbols."""
     conditional = getattr(model, "conditional", False)
     given = "z, y" if conditional else "z"
     prior = "p(z | y)" if conditional and getattr(model.prior, "conditional", True) else "p(z)"
-    latents = f"z ~ {prior}"
+    latents = f"z ~ {prior}" if conditioned is None else "z ~ p(z | u)"
     if options.get("sampling") == "paper" and hasattr(model.prior, "base"):
         latents = "z ~ base of p(z | y)"
-    if sweep or "scale" in options:
-        latents += ", scaled" if sweep else f" at scale {options['scale']:g}"
-        latents += f" ({options['scale_mode']})" if "scale_mode" in options else ""
+    for name, participle in {"scale": "scaled", "temperature": "tempered"}.items():
+        if name == swept:
+            latents += f", {participle}"
+        elif name in options:
+            latents += f" at {name} {options[name]:g}"
+    if "scale_mode" in options and (swept == "scale" or "scale" in options):
+        latents += f" ({options['scale_mode']})"
     return f"mean of p(x | {given}),  {latents}", f"draw  x ~ p(x | {given}), same z"

@@ -17,6 +17,7 @@ from pvae.data import Data
 from pvae.inference import fit
 
 from . import parts as _parts  # noqa: F401  (enters the parts)
+from . import parts_ladder as _parts_ladder  # noqa: F401
 from .program import Program, SpecError, build
 from .registry import PARTS, TABLES, Keys, Part, PartKeys, keys_of, nearest, none_word
 from .sentences import sentence
@@ -159,6 +160,7 @@ class Spec(BaseModel):
         z_dim: Number of latent dimensions, shared by prior, encoder and decoder.
         data: Table of the data set.
         model, prior, posterior, encoder, decoder, likelihood: Tables of the parts, with their ``kind``.
+        pseudoinput: What stands above a ladder of latents; kind ``"none"`` of any other model.
         autoencoder: The first stage of a model that has one, ``None`` for any other.
         align: The alignment of log p(z) with a density of the data, ``None`` for none.
         fit: Arguments of :func:`pvae.fit`.
@@ -176,6 +178,7 @@ class Spec(BaseModel):
     encoder: PartKeys
     decoder: PartKeys
     likelihood: PartKeys
+    pseudoinput: PartKeys
     autoencoder: AutoencoderKeys | None = None
     align: Annotated[AlignKeys | None, BeforeValidator(none_word)] = None
     fit: Keys
@@ -216,6 +219,8 @@ class Spec(BaseModel):
         top, tables = [], []
         for name in type(self).model_fields:
             value = getattr(self, name)
+            if isinstance(value, PartKeys) and value.kind == "none" == TABLES[name]:
+                continue  # as if it were not there
             if isinstance(value, Keys):
                 keys = {
                     key: getattr(value, key)
@@ -363,7 +368,9 @@ def _narrowed(registered: tuple[tuple[str, tuple[Part, ...]], ...]) -> type[Spec
     for table, entries in registered:
         union: Any = functools.reduce(operator.or_, (entry.keys for entry in entries))
         tagged = len(entries) > 1
-        fields[table] = (Annotated[union, Field(discriminator="kind")] if tagged else union, ...)
+        # A table that a spec need not have is left out of the keys of kept results, as any default is.
+        default = PARTS[table]["none"].keys(kind="none") if TABLES[table] == "none" else ...
+        fields[table] = (Annotated[union, Field(discriminator="kind")] if tagged else union, default)
     return create_model("Spec", __base__=Spec, **fields)
 
 

@@ -1,4 +1,4 @@
-r"""Guide of a ladder of latents, from the top down (DVP-VAE, arXiv:2412.01373v1)."""
+r"""Guide of a ladder of latents, from the top down (Kuzina & Tomczak 2024, arXiv:2412.01373v1)."""
 
 import pyro
 import pyro.distributions as dist

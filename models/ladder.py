@@ -1,5 +1,6 @@
-r"""Ladder of latents, plain or under a prior of pseudoinputs (DVP-VAE, arXiv:2412.01373v1)."""
+r"""Ladder of latents, plain or under a prior of pseudoinputs (Kuzina & Tomczak 2024, arXiv:2412.01373v1)."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -138,7 +139,8 @@ class Ladder(nn.Module):
             Shape ``(n, *x_shape)``, in the units of ``x``.
 
         Raises:
-            ValueError: If ``n`` is not positive, or ``temperature`` is negative.
+            ValueError: If ``n`` is not positive, ``temperature`` is negative, or it is not 1 and the prior of
+                u has none.
         """
         if n < 1:
             raise ValueError(f"n must be positive, got {n}")
@@ -201,8 +203,15 @@ class Ladder(nn.Module):
 
     def _draw_u(self, n: int, temperature: float) -> Tensor:
         assert self.prior is not None
-        # Not every distribution knows a temperature.
-        return self.prior().sample((n,), *([] if temperature == 1 else [temperature]))
+        p = self.prior()
+        if temperature == 1:
+            return p.sample((n,))
+        if "temperature" not in inspect.signature(p.sample).parameters:
+            raise ValueError(
+                f"temperature must be 1 under a prior of u that has none, {type(p).__name__}, got "
+                f"{temperature:g}"
+            )
+        return p.sample((n,), temperature=temperature)
 
 
 def _from_pyro(name: str, prior: dist.TorchDistribution) -> Tensor:

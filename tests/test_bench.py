@@ -23,10 +23,12 @@ from pvae.experiments.bench import (
     flow_prior,
     format_table,
     interleave,
+    ladder,
     posteriors,
     run_bench,
 )
-from pvae.experiments.bench.hand_loops import HandLoop
+from pvae.experiments.bench.hand_ladder import HandLadder
+from pvae.experiments.bench.hand_loops import HandLoop, adamax
 from pvae.experiments.bench.timing import row as make_row
 from pvae.inference import ELBO
 
@@ -45,6 +47,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(posteriors.NETWORKS, name, posteriors.Case(networks, (2,), steps=1))
     small = {name: replace(case, hidden=(8,), z_dim=2, steps=2) for name, case in alignment.ALIGNED.items()}
     monkeypatch.setattr(alignment, "ALIGNED", small)
+    ladders = {
+        name: replace(ladder.LADDERS["digits"], channels=2, hidden=4, steps=1) for name in ladder.LADDERS
+    }
+    monkeypatch.setattr(ladder, "LADDERS", ladders)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -120,6 +126,47 @@ def test_an_aligned_step_does_what_the_plain_one_does_and_the_alignment() -> Non
     }
 
 
+@pytest.mark.parametrize("name", ladder.LADDERS)
+def test_a_ladder_by_hand_does_the_same_work(name: str, float64: None) -> None:
+    assert ladder.disagreement(ladder.LADDERS[name]) < 1e-12
+
+
+def test_a_ladder_by_hand_that_does_other_work_is_not_timed(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = HandLadder._bound_of_u
+    monkeypatch.setattr(HandLadder, "_bound_of_u", lambda self, u: 1.001 * bound(self, u))
+    with pytest.raises(RuntimeError, match="the loop by hand does other work than the library at 'tiny'"):
+        ladder.time_ladder(torch.device("cpu"), rounds=1, engines=("eager",))
+
+
+def test_a_ladder_by_hand_learns() -> None:
+    case = ladder.LADDERS["digits"]
+    levels = (torch.rand(256, 1, 8, 8) < 0.9).to(torch.uint8) * 255
+    loop = HandLoop(case.hand(), levels, batch_size=32, optimizer=adamax)
+    first = loop.run(8)
+    for _ in range(5):
+        last = loop.run(8)
+    assert last < 0.8 * first
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("pseudoinputs", [True, False])
+@pytest.mark.parametrize("name", ladder.LADDERS)
+def test_a_step_of_a_ladder_never_waits_either(name: str, pseudoinputs: bool, engine: str) -> None:
+    case = replace(ladder.LADDERS[name], steps=1)
+    split = from_tensors(case.levels()[:4], binarize="dynamic").train
+    assert ladder.ladder_syncs(case.program(pseudoinputs), split, engine) == 0
+
+
+def test_what_stays_on_the_host_is_no_wait() -> None:
+    counter, other = torch.ones(()), torch.ones(())
+    with SyncCounter([counter]) as waits:
+        counter.item()
+        other.item()
+    assert waits.count == 1
+
+
 @pytest.mark.parametrize(
     "wait", [torch.Tensor.item, bool, torch.Tensor.nonzero, lambda x: torch.equal(x, x + 1)]
 )
@@ -159,9 +206,17 @@ def test_smoke(tiny: None, tmp_path: Path) -> None:
         ("cvae-nf", "N(0, I)", 2),
         *((name, "diagonal, 2 latents", 2) for name in ("five", "five-conv") for _ in range(5)),
         *(("alignment", f"plain, {size}", 2) for size in alignment.ALIGNED for _ in range(2)),
+        *(
+            ("ladder", f"{yardstick}, {size}", 2)
+            for size in ladder.LADDERS
+            for yardstick in ("plain", "loop", "loop, channels last")
+        ),
     ]
-    assert [row["ours"] for row in rows[-2:]] == ["eager, direct", "eager, flow"]
-    assert [row["target"] for row in rows[-2:]] == [1.1, None]
+    aligned = [row for row in rows if row["benchmark"] == "alignment"]
+    assert [row["ours"] for row in aligned[-2:]] == ["eager, direct", "eager, flow"]
+    assert [row["target"] for row in aligned[-2:]] == [1.1, None]
+    assert {row["ours"] for row in rows if row["benchmark"] == "ladder"} == {"eager, dvp"}
+    assert {row["syncs"] for row in rows if row["benchmark"] == "ladder"} == {0}
     assert all(row["ratio"] > 0 for row in rows)  # type: ignore[operator]
     written = json.loads(out.read_text())
     assert written["rows"] == rows
@@ -182,7 +237,9 @@ def test_decoder_passes_are_those_of_the_evaluation(tiny: None) -> None:
     assert sum(shape[:-1].numel() for shape in shapes) == 70 * 200
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-five", "cpu-five-graph", "cpu-alignment", "cpu-alignment-graph"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "cpu-five", "cpu-five-graph", "cpu-alignment", "cpu-alignment-graph"]
+)
 def test_documented_table_is_the_measured_one(name: str) -> None:
     root = Path(__file__).parents[1]
     rows = json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
@@ -202,7 +259,7 @@ def test_graph_engine_is_measured(tiny: None) -> None:
         (
             {"names": ("large",)},
             "benchmark must be one of small, medium, conv, evaluation, cvae-nf, five, "
-            "five-conv, alignment, got 'large'",
+            "five-conv, alignment, ladder, got 'large'",
         ),
         ({"engines": ("jit",)}, "engine must be one of eager, graph, got 'jit'"),
         ({"rounds": 0}, "must be positive, got 0"),

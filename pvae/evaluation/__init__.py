@@ -21,7 +21,9 @@ from .interval import Interval, bootstrap_intervals
 from .jacobian import JacobianReport, jacobian_report
 from .jacobian_monitor import JacobianMonitor
 from .latent_scores import LatentScores, best_labels, latent_scores
+from .layers import Exchange, Layer, LayerReport, exchanged_kl, layer_report
 from .likelihood import log_likelihood
+from .nested import NestedEstimate, nested_likelihood
 from .ood import Detector, OODReport, compare_scores, label_candidates, ood_report
 from .pareto import khat_threshold, pareto_khat
 from .similarity import linear_cka, linear_r2, pearson
@@ -45,6 +47,7 @@ __all__ = [
     "ConformalTest",
     "DensityAgreement",
     "Detector",
+    "Exchange",
     "FeatureExtractor",
     "Interval",
     "JacobianMonitor",
@@ -52,9 +55,12 @@ __all__ = [
     "LabelClassifier",
     "LabelScores",
     "LatentScores",
+    "Layer",
+    "LayerReport",
     "LikelihoodEstimate",
     "MMDTest",
     "Measure",
+    "NestedEstimate",
     "OODReport",
     "PriorCoverage",
     "RareScore",
@@ -73,6 +79,7 @@ __all__ = [
     "conformal_test",
     "density_agreement",
     "energy_distance",
+    "exchanged_kl",
     "fit_classifier",
     "frechet_distance",
     "frechet_interval",
@@ -82,6 +89,7 @@ __all__ = [
     "label_candidates",
     "label_scores",
     "latent_scores",
+    "layer_report",
     "linear_cka",
     "linear_r2",
     "log_likelihood",
@@ -90,6 +98,7 @@ __all__ = [
     "mmd_interval",
     "mmd_permutation",
     "nearest_distance",
+    "nested_likelihood",
     "ood_report",
     "pareto_khat",
     "pearson",

@@ -32,6 +32,9 @@ class LikelihoodEstimate:
         proposal: Name of the proposal that the latents were drawn from, where the guide has one. Estimates of
             one model under several proposals are lower bounds on the same log p(x): the one with the largest
             mean is the best. The larger of two noisy bounds datum by datum is no bound.
+        num_steps: Steps T of the chain along which a density of the model is estimated, where one is (a
+            diffusion's): the bound is that of the T-step model.
+        calibrated: Whether the chain's reverse variances were measured on training data.
     """
 
     log_prob: Tensor
@@ -44,6 +47,8 @@ class LikelihoodEstimate:
     protocol: dict[str, Any] | None = None
     conditional: bool = False
     proposal: str | None = None
+    num_steps: int | None = None
+    calibrated: bool | None = None
 
     @property
     def mean(self) -> float:
@@ -91,6 +96,7 @@ class LikelihoodEstimate:
             "seed": self.seed,
             "conditional": self.conditional,
             "proposal": self.proposal,
+            **self._chain(),
             "protocol": self.protocol,
             "per_datum": {
                 "log_prob": self.log_prob.tolist(),
@@ -104,6 +110,8 @@ class LikelihoodEstimate:
     def __str__(self) -> str:
         given = " | y" if self.conditional else ""
         drawn = "" if self.proposal is None else f", proposal {self.proposal}"
+        if self.num_steps is not None:
+            drawn += f", T = {self.num_steps} {'calibrated' if self.calibrated else 'uncalibrated'} steps"
         parts = [
             f"log p(x{given}) >= {self.mean:.2f} ± {self.standard_error:.2f} nats"
             f" (IWAE-{self.num_particles} on {len(self.log_prob)} data{drawn}, Monte-Carlo error"
@@ -114,6 +122,12 @@ class LikelihoodEstimate:
             name, digest = self.protocol.get("name", "?"), self.protocol.get("hash", "?")
             parts.append(f"protocol {name} {digest}")
         return "; ".join(parts)
+
+    def _chain(self) -> dict[str, Any]:
+        """What a density without a chain has no word of."""
+        if self.num_steps is None:
+            return {}
+        return {"num_steps": self.num_steps, "calibrated": self.calibrated}
 
     def _khat_sentence(self) -> str:
         share = self.khat_share

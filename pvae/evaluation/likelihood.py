@@ -11,19 +11,15 @@ from pvae.inference.isolation import device_of, evaluating
 from pvae.inference.program import Program, SiteRecorder
 from pvae.inference.progress import reporting
 
+from .blocks import BLOCK, block_of, block_seed, rows_per_pass
 from .estimate import LikelihoodEstimate
 from .pareto import pareto_khat
-from .weights import draw, has_estimates, held_out, log_weights
+from .weights import chain_of, draw, has_estimates, held_out, log_weights
 
 __all__ = ["log_likelihood"]
 
-# Data whose draws come from one seeding. Fixed, so that no estimate depends on how data are batched.
-_BLOCK = 32
 # Most latent numbers drawn in one block (64 MiB of floats); a larger latent has smaller blocks.
 _BLOCK_NUMBERS = 2**24
-# Numbers of x in one pass of the decoder: 1,000 to 5,000 rows of 784 are fastest on a CPU.
-_PASS_NUMBERS = {"cpu": 2**21, "gpu": 2**25}
-_PASS_ROWS = {"cpu": 4096, "gpu": 2**16}
 
 
 def log_likelihood(
@@ -91,19 +87,18 @@ def log_likelihood(
     with evaluating(model, guide), reporting("evaluating", len(x), progress) as report:
         x = x.to(device)
         y = None if y is None else y.to(device)
-        size, noisy = _latents(model, guide, x, y)
-        block = min(_BLOCK, max(1, _BLOCK_NUMBERS // (num_particles * size)))
+        size, noisy, steps = _latents(model, guide, x, y)
+        block = min(BLOCK, max(1, _BLOCK_NUMBERS // (num_particles * size)))
         # The noise of an estimated density must not depend on the batch: it is drawn for a block at a time.
-        blocks = 1 if noisy else max(1, (batch_size or _BLOCK) // block)
-        kind = "cpu" if device.type == "cpu" else "gpu"
-        rows = max(1, min(_PASS_ROWS[kind], _PASS_NUMBERS[kind] // x[0].numel()))
+        blocks = 1 if noisy else max(1, (batch_size or BLOCK) // block)
+        rows = rows_per_pass(x)
         for start in range(0, len(x), blocks * block):
             part = slice(start, start + blocks * block)
             draws = [
-                draw(guide, *_block(x, y, i, block), num_particles, _block_seed(seed, i // block))
+                draw(guide, *block_of(x, y, i, block), num_particles, block_seed(seed, i // block))
                 for i in range(start, min(part.stop, len(x)), block)
             ]
-            scored = _block(x, y, start, block) if noisy else (x[part], None if y is None else y[part])
+            scored = block_of(x, y, start, block) if noisy else (x[part], None if y is None else y[part])
             log_w = log_weights(model, *scored, draws, rows)[:, : len(x[part])]
             parts.append(_summary(log_w.T.cpu().double(), rounding, start))
             report(min(part.stop, len(x)))
@@ -116,31 +111,27 @@ def log_likelihood(
         protocol,
         conditional=y is not None,
         proposal=getattr(guide, "proposal_name", None),
+        num_steps=None if steps is None else steps[0],
+        calibrated=None if steps is None else steps[1],
     )
 
 
-def _latents(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> tuple[int, bool]:
+def _latents(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None
+) -> tuple[int, bool, tuple[int, bool] | None]:
     """Run both programs once on one datum, with Pyro's validation on.
 
     Returns:
-        How many numbers its latents have, and whether the model estimates a density.
+        How many numbers its latents have, whether the model estimates a density, and the steps of the chain
+        that it does so along, if any.
     """
     with pyro.validation_enabled(True):
-        x1, y1 = _block(x, y, 0, 1)
+        x1, y1 = block_of(x, y, 0, 1)
         values, _ = draw(guide, x1, y1, 1, seed=0)
         with SiteRecorder() as p:
             log_weights(model, x1, y1, [(values, torch.zeros(1, 1, device=x.device))], rows=1)
-    return max(1, sum(value.numel() for value in values.values())), has_estimates(p.sites.values())
-
-
-def _block(x: Tensor, y: Tensor | None, start: int, size: int) -> tuple[Tensor, Tensor | None]:
-    """Cut ``size`` data, repeating the last one past the end: the draws of a block then never depend on N."""
-    index = torch.arange(start, start + size, device=x.device).clamp_(max=len(x) - 1)
-    return x[index], None if y is None else y[index]
-
-
-def _block_seed(seed: int, block: int) -> int:
-    return (seed * 1_000_003 + block) % 2**63
+    size = max(1, sum(value.numel() for value in values.values()))
+    return size, has_estimates(p.sites.values()), chain_of(p.sites.values())
 
 
 def _summary(log_w: Tensor, rounding: float, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

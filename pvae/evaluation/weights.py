@@ -1,6 +1,6 @@
 """Log-weights of draws from a guide, datum by datum: what every estimate of this room is made of."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from pvae.distributions import declared
 from pvae.inference.program import Program, Site, SiteRecorder, particle_plate
 from pvae.ops import has_float64
 
-__all__ = ["draw", "exact", "has_estimates", "held_out", "log_weights"]
+__all__ = ["chain_of", "draw", "exact", "has_estimates", "held_out", "log_weights"]
 
 
 def held_out(model: Any, x: Any, y: Tensor | None) -> tuple[Tensor, Tensor | None, dict[str, Any] | None]:
@@ -42,11 +42,21 @@ def held_out(model: Any, x: Any, y: Tensor | None) -> tuple[Tensor, Tensor | Non
 
 
 def draw(
-    guide: Program, x: Tensor, y: Tensor | None, num_particles: int, seed: int
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    num_particles: int,
+    seed: int,
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draw every latent ``num_particles`` times; return the draws and log q, shape ``(K, B)``."""
+    """Draw every latent ``num_particles`` times; return the draws and log q, shape ``(K, B)``.
+
+    Those in ``given`` keep their values, ``(K, B, *event_shape)``, and log q is that of the others given
+    them, which must come later.
+    """
+    given = given or {}
     torch.manual_seed(seed)
-    with SiteRecorder(replace=exact) as q, particle_plate(num_particles):
+    with SiteRecorder(given, replace=exact) as q, particle_plate(num_particles):
         guide(x) if y is None else guide(x, y)
     latents = {name: site for name, site in q.sites.items() if not site.is_factor}
     shape = (num_particles, len(x))
@@ -54,7 +64,8 @@ def draw(
     for name, site in latents.items():
         if site.observed:
             raise ValueError(f"the guide must observe nothing, got observed site {name!r}")
-        log_q += _log_prob(site, shape, "guide")
+        if name not in given:
+            log_q += _log_prob(site, shape, "guide")
     return {name: site.value for name, site in latents.items()}, log_q
 
 
@@ -79,8 +90,12 @@ def log_weights(
     y: Tensor | None,
     draws: list[tuple[dict[str, Tensor], Tensor]],
     rows: int,
+    given: Collection[str] = (),
 ) -> Tensor:
-    """Score the draws of several blocks under the model, a chunk of particles at a time; shape ``(K, B)``."""
+    """Score the draws of several blocks under the model, a chunk of particles at a time; shape ``(K, B)``.
+
+    The sites in ``given`` are conditions: their own densities do not count.
+    """
     size = len(x)
     values = {name: torch.cat([v[name] for v, _ in draws], dim=1)[:, :size] for name in draws[0][0]}
     log_w = -torch.cat([log_q for _, log_q in draws], dim=1)[:, :size].to(x.device)
@@ -92,8 +107,9 @@ def log_weights(
         latents = {name for name, site in p.sites.items() if not (site.observed or site.is_factor)}
         if latents != set(part):
             raise ValueError(f"model and guide must have the same latents, got {latents} and {set(part)}")
-        _check_bounds(p.sites.values(), len(log_w))
-        for site in p.sites.values():
+        scored = [site for name, site in p.sites.items() if name not in given]
+        _check_bounds(scored, len(log_w))
+        for site in scored:
             if not site.is_factor:
                 log_w[chunk] += _log_prob(site, shape, "model")
     return log_w
@@ -102,6 +118,18 @@ def log_weights(
 def has_estimates(sites: Iterable[Site]) -> bool:
     """Whether a density is an estimate, which draws noise of its own when it is asked for."""
     return any(declared(site.fn, "density", "exact") != "exact" for site in sites)
+
+
+def chain_of(sites: Iterable[Site]) -> tuple[int, bool] | None:
+    """Number of steps of the chain that an unbiased density is estimated along, and whether it is
+    calibrated; ``None`` where there is none.
+    """
+    for site in sites:
+        if declared(site.fn, "density", "exact") == "unbiased":
+            steps = declared(site.fn, "num_steps", None)
+            if steps is not None:
+                return int(steps), declared(site.fn, "mse", None) is not None
+    return None
 
 
 def _check_bounds(sites: Iterable[Site], num_particles: int) -> None:

@@ -1,6 +1,6 @@
 """Training: objectives, the loop, schedules and checkpoints."""
 
-from .calibrate import measure_sigma
+from .calibrate import calibrate_diffusion, measure_sigma
 from .checkpoint import CheckpointError, load_parameters
 from .fit import fit
 from .loop import Monitor, Run
@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteLoss",
     "Run",
     "Trainer",
+    "calibrate_diffusion",
     "fit",
     "load_parameters",
     "measure_sigma",

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data import Batch, Split
+from pvae.priors import DiffusionPrior
 
 from . import checkpoint
-from .calibrate import measure_sigma
+from .calibrate import calibrate_diffusion, measure_sigma
 from .isolation import evaluating, isolated_rng
 from .program import load_program_state, program_state
 from .progress import Reporter
@@ -29,6 +30,7 @@ Callback = Callable[["Run", dict[str, float]], None]
 
 _VALIDATION_SEED = 20_140_501
 _VALIDATION_BATCH = 1000
+_VALIDATION_TIMES = 8
 # Latent sites whose KL stands in the line of a progress bar; all of them are in the rows.
 _MOST_SHOWN = 9
 
@@ -191,7 +193,7 @@ class Loop:
         """Minus the bound on the validation split, with the same draws every time."""
         assert self.valid is not None
         trainer, total = self.trainer, 0.0
-        with trainer.averaged(), evaluating(trainer.model, trainer.guide):
+        with trainer.averaged(), evaluating(trainer.model, trainer.guide), _bounding(trainer.model):
             torch.manual_seed(_VALIDATION_SEED)
             for batch in self.valid.batches(
                 _VALIDATION_BATCH, seed=0, epoch=0, drop_last=False, shuffle=False
@@ -223,7 +225,9 @@ class Loop:
         return self.patience is not None and self.waited >= self.patience
 
     def _finish(self) -> None:
-        """Leave the averaged or the best parameters in the programs, measure sigma there, and save all."""
+        """Leave the averaged or the best parameters in the programs, measure there what training leaves open,
+        and save all.
+        """
         trainer = self.trainer
         if self.run.out is not None:
             self._save()
@@ -234,6 +238,8 @@ class Loop:
         if getattr(getattr(trainer.model, "likelihood", None), "profiled", False):
             # At the parameters that remain, which may be other ones than the last batches were fitted with.
             measure_sigma(trainer.model, trainer.guide, self.train, seed=self.seed)
+        if isinstance(getattr(trainer.model, "prior", None), DiffusionPrior):
+            calibrate_diffusion(trainer.model, trainer.guide, self.train, seed=self.seed)
         trainer.model.eval()
         trainer.guide.eval()
         if self.run.out is not None:
@@ -287,6 +293,16 @@ class Loop:
         rows = metrics.read_text().splitlines()[: meta["rows"]]
         checkpoint.write_atomically(metrics, "".join(f"{row}\n" for row in rows).encode())
         self.run.history = [json.loads(row) for row in rows]
+
+
+@contextmanager
+def _bounding(model: nn.Module) -> Iterator[None]:
+    """Let diffusion priors give their bound, as in training: its estimate by a path is not calibrated yet."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, DiffusionPrior):
+                stack.enter_context(module.using("vlb", num_times=_VALIDATION_TIMES))
+        yield
 
 
 def _sentence(row: dict[str, float]) -> str:

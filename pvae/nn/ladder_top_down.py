@@ -1,4 +1,4 @@
-r"""Generative network of a ladder of latents (DVP-VAE, arXiv:2412.01373v1, the authors' code)."""
+r"""Generative network of a ladder of latents (Kuzina & Tomczak 2024, arXiv:2412.01373v1, the authors' code)."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ladder_block import LadderBlock, over_images, scales_of
+from .ladder_block import LadderBlock, over_images, pointwise, scales_of
 from .ladder_spec import LadderSpec
 from .leading import check_event, check_sizes
 
@@ -156,7 +156,8 @@ class TopDown(nn.Module):
         """
         if layer >= self._passed_on:
             return h
-        h = over_images(self.blocks[layer], h + over_images(self.lifts[layer], z))
+        lift: nn.Conv2d = self.lifts[layer]  # type: ignore[assignment]
+        h = over_images(self.blocks[layer], h + pointwise(lift, z))
         scale_of = (*self.spec.scale_of, -1)
         if scale_of[layer + 1] == scale_of[layer]:
             return h
@@ -178,7 +179,7 @@ class TopDown(nn.Module):
                 of_scale = [t for t, i in zip(z, self.spec.scale_of, strict=True) if i == scale]
                 planes.append(self._upsampled(functools.reduce(operator.add, of_scale), side))
             a = functools.reduce(operator.add, planes) / math.sqrt(self.spec.num_latents)
-            h = over_images(self.read_z, a)
+            h = pointwise(self.read_z, a)
         return over_images(self.read, h)
 
     def _upsampled(self, planes: Tensor, side: int) -> Tensor:

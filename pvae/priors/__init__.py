@@ -6,6 +6,7 @@ from .conditional_flow import ConditionalFlowPrior
 from .coupling_flow import CouplingFlow
 from .diffusion import DiffusionPrior
 from .gaussian_mixture import GaussianMixture
+from .image import ImagePrior
 from .scaled_codes import ScaledCodes
 from .standard_normal import StandardNormal
 from .vamp import VampPrior
@@ -21,6 +22,7 @@ __all__ = [
     "CovarianceFactor",
     "DiffusionPrior",
     "GaussianMixture",
+    "ImagePrior",
     "ScaledCodes",
     "StandardNormal",
     "VampPrior",

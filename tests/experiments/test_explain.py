@@ -210,6 +210,66 @@ def test_the_proposal_of_the_evaluation_is_said() -> None:
     )
 
 
+def test_a_ladder_is_said_layer_by_layer() -> None:
+    spec = load_spec("dvp-tiny")
+    lines = _lines_of(explain(spec, spec.load_data()))
+    assert lines["latent"].startswith("u ∈ ℝ^(1×4×4), z₄, z₃ ∈ ℝ^(1×2×2), z₂, z₁ ∈ ℝ^(1×4×4)   40 numbers")
+    assert lines["joint"] == "p(x, z, u) = p(u) ∏ₗ p(zₗ | z₍>ₗ₎, u) p(x | z)"
+    assert lines["prior"].startswith("p(u) = 100 steps of a denoiser from N(0, I),  γ from -7.0 to 7.0")
+    assert lines["u"].startswith("r(u | x) = N(u; f(x), diag e^ρ),  f(x) = clip(DᵀxD / S, ±1)")
+    assert lines["guide"].startswith("q(z, u | x) = r(u | x) ∏ₗ N(zₗ; μₗ, diag σₗ²)")
+    assert (
+        "E_q log p(x | z) − β [log r(u | x) − log p(u)] − β Σₗ KL(q(zₗ | z₍>ₗ₎, u, x)" in lines["objective"]
+    )
+    assert "log_variance_range -12 to -3" in lines["guide"]
+    assert "scales 4:2-2:2" in lines["decoder"]
+
+
+def test_a_plain_ladder_has_no_u() -> None:
+    spec = load_spec("dvp-tiny", ["prior=none", "pseudoinput=none"])
+    text = explain(spec, spec.load_data())
+    lines = _lines_of(text)
+    assert lines["joint"] == "p(x, z) = ∏ₗ p(zₗ | z₍>ₗ₎) p(x | z)"
+    assert not re.search(r"\bu\b", text)
+    assert "u" not in lines
+
+
+def test_a_prior_of_pseudoinputs_is_one_of_u() -> None:
+    spec = load_spec("dvp-tiny", ["prior=mixture"])
+    text = explain(spec, spec.load_data())
+    assert _lines_of(text)["prior"].startswith("p(u) = Σₖ πₖ N(u; mₖ, diag sₖ²)")
+    assert "path of T" not in text
+
+
+def test_the_cost_of_a_ladder_is_that_of_its_layers() -> None:
+    """One latent on one plane of one pixel: the multiplications can be counted by hand."""
+    small = ["decoder.scales=[[1,1]]", "decoder.channels=2", "decoder.postprocess=0", "encoder.stem=full"]
+    spec = load_spec("dvp-tiny", ["prior=none", "pseudoinput=none", *small])
+    up = 64 * 2 * 1 + 64 * (2 * 2 + 9 * 2 * 2 + 9 * 2 * 2 + 2 * 2)  # 1x1 from x, then one block at 8x8
+    heads = 2 * (2 * 2 + 9 * 2 * 2 + 9 * 2 * 2 + 2 * 2)  # of q and p, two numbers from two channels,
+    heads += 2 * (2 * 2)  # and the skip of either is the identity
+    read = 64 * (1 * 2) + 64 * 9 * 2 * 1
+    counted = (up + heads + read) / 1e6
+    said = _lines_of(explain(spec, spec.load_data()))["cost"]
+    assert float(said.split()[0]) == pytest.approx(counted, rel=0.03)
+
+
+def test_two_levels_are_said_one_by_one() -> None:
+    lines = _lines(
+        _spec(
+            "model=hvae",
+            "posterior=hvae",
+            "decoder=pair",
+            "decoder.z_1_dim=4",
+            "prior=vamp",
+            "prior.components=5",
+        )
+    )
+    assert lines["latent"] == "z₂ ∈ ℝ^3,  z₁ ∈ ℝ^4"
+    assert lines["prior"].startswith("p(z₂) = 1/K Σₖ N(z₂; μ(uₖ), diag σ²(uₖ)),  K = 5")
+    assert "KL(q(z₁ | x, z₂) ‖ p(z₁ | z₂))" in lines["objective"] or "log p(x | z)" in lines["objective"]
+
+
 def test_labels_reach_the_jacobian() -> None:
     labels = ["model=conditional", "encoder.label_dim=4", "decoder.label_dim=4"]
     lines = _five(*labels)
@@ -356,23 +416,49 @@ def test_limits_of_the_evaluation_are_said() -> None:
     assert lines["judged by"].endswith("K = 2,000 on 50 of the valid data")
 
 
+# Parts that stand in no spec without others.
+LADDER = [
+    *(f"{table}=ladder" for table in ("model", "posterior", "encoder", "decoder")),
+    "decoder.scales=[[4,1],[2,1]]",
+]
+UNDER_U = [*LADDER, "prior=diffusion", "pseudoinput=dct", "pseudoinput.size=3"]
+TWO_LEVELS = ["model=hvae", "posterior=hvae", "decoder=pair"]
+COMPANY = {
+    ("prior", "none"): LADDER,
+    ("pseudoinput", "dct"): UNDER_U,
+    ("pseudoinput", "downsampled"): UNDER_U,
+    ("pseudoinput", "linear"): UNDER_U,
+    **{(table, "ladder"): UNDER_U for table in ("posterior", "encoder", "decoder")},
+    ("posterior", "hvae"): TWO_LEVELS,
+    ("decoder", "pair"): TWO_LEVELS,
+}
+
+
 @pytest.mark.parametrize(
-    ("table", "kind"), [(table, kind) for table, kinds in PARTS.items() for kind in kinds if table != "model"]
+    ("table", "kind"),
+    [
+        (table, kind)
+        for table, kinds in PARTS.items()
+        for kind in kinds
+        if table != "model" and (table, kind) != ("pseudoinput", "none")
+    ],
 )
 def test_every_part_can_be_said_with_and_without_data(table: str, kind: str) -> None:
     values = {"bernoulli": "binary", "categorical": "count", "poisson": "count", "negative_binomial": "count"}
     loaded = ["data.binarize=none", f"data.scale={'count' if values.get(kind) == 'count' else 'unit'}"]
-    changes = [f"{table}={kind}", *(loaded if table == "likelihood" and kind != "bernoulli" else [])]
+    changes = [*COMPANY.get((table, kind), []), f"{table}={kind}"]
+    changes += ["pseudoinput.size=3"] if table == "pseudoinput" else []
+    changes += [*(loaded if table == "likelihood" and kind != "bernoulli" else [])]
     changes += {"codes": ["model=x_vae"]}.get(kind, [])
     changes += ["model=conditional"] if kind.startswith("conditional") else []
     spec = parse("[data]\nname = 'digits'\n[fit]\nepochs = 2\n", ["z_dim=12", *changes])
     data = spec.load_data()
     said, unsaid = explain(spec, data), explain(spec, None)
-    heading = {"posterior": "guide"}.get(table, table)
+    heading = {"posterior": "guide", "pseudoinput": "u "}.get(table, table)
     for text in (said, unsaid):
         assert len([line for line in text.splitlines() if line.startswith(heading)]) == 1
         assert not re.search(r"\{[a-z_]+\}|None", text)
-    assert "ℝ¹²" in said
+    assert ("ℝ¹²" in said) == (spec.model.kind != "ladder")
     assert "parameters  " in said
     assert "parameters  " not in unsaid
 

@@ -1,5 +1,6 @@
 """Pictures: right pixels in the grid, PNGs that show something, no trace on matplotlib or torch."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -255,6 +256,34 @@ def test_draws_share_noise_across_labels_and_options() -> None:
     assert torch.allclose(others, means + 1)
     assert torch.allclose(halved, means / 2)
     assert not torch.allclose(draws, means)
+
+
+def test_draws_may_share_a_pseudoinput() -> None:
+    class Around(torch.nn.Module):
+        def sample_given(self, u: Tensor, n_each: int, mean: bool, temperature: float = 1.0) -> Tensor:
+            z = u.unsqueeze(1) + temperature * torch.randn(len(u), n_each, *u.shape[1:])
+            return z if mean else z + torch.randn(z.shape)
+
+    program = Program(Around(), torch.nn.Module())
+    means, draws = figures.draw_samples(program, 4, 3, u=torch.zeros(1, 2, 2))
+    others, _ = figures.draw_samples(program, 4, 3, u=torch.ones(1, 2, 2), temperature=0.5)
+    assert means.shape == draws.shape == (4, 1, 2, 2)
+    assert torch.allclose(others, means / 2 + 1)
+    assert not torch.allclose(draws, means)
+
+
+def test_what_was_given_stands_beside_what_was_drawn(tmp_path: Path) -> None:
+    labels, levels = ("a", "b"), (0.2, 0.4, 0.6, 0.8)
+    x, low, mean, draw = (torch.full((n, 1, 8, 8), c) for n, c in zip((1, 1, 5, 5), levels, strict=True))
+    given, means, draws = (dict.fromkeys(labels, made) for made in (torch.cat((x, low)), mean, draw))
+    pixels = _pixels(figures.given_grid(given, means, draws, tmp_path / "g.png", "title"))[..., :3]
+    tiles = [(np.abs(pixels - level).max(-1) < 0.01).nonzero() for level in levels]
+    for left, right in itertools.pairwise(tiles):
+        assert left[1].max() < right[1].min()
+    # Every row goes through all panels, each image in the same size.
+    assert max(tile[0].min() for tile in tiles) - min(tile[0].min() for tile in tiles) <= 1
+    assert max(tile[0].max() for tile in tiles) - min(tile[0].max() for tile in tiles) <= 1
+    assert len(tiles[2][0]) == pytest.approx(5 * len(tiles[0][0]), rel=0.05)
 
 
 def test_reading_metrics_stops_at_a_line_cut_off(tmp_path: Path) -> None:

@@ -52,14 +52,82 @@ def _loss(program: Program, data: Data) -> float:
     return ELBO().loss(program.model, program.guide, data.train.x[:8])
 
 
-@pytest.mark.parametrize("posterior", list(PARTS["posterior"]))
-@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp"])
+SMALL_PRIOR: dict[str, list[str]] = {
+    "normal": [],
+    "mixture": ["prior.components=4"],
+    "vamp": ["prior.components=4"],
+    "diffusion": ["prior.hidden=8", "prior.num_steps=3"],
+}
+LADDER = [
+    *(f"{table}=ladder" for table in ("model", "posterior", "encoder", "decoder")),
+    "decoder.scales=[[2,1],[1,1]]",
+    "decoder.channels=4",
+]
+
+
+@pytest.mark.parametrize("posterior", sorted(PARTS["posterior"].keys() - {"ladder", "hvae"}))
+@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "diffusion"])
 def test_any_prior_with_any_posterior(prior: str, posterior: str) -> None:
-    small = [] if prior == "normal" else ["prior.components=4"]
-    data = _data("binary")
+    data, small = _data("binary"), SMALL_PRIOR[prior]
     program = _build(data, f"prior={prior}", f"posterior={posterior}", *small)
     assert math.isfinite(_loss(program, data))
     assert program.model.sample(5).shape == (5, 1, 4, 4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("pseudoinput", ["dct", "downsampled", "linear"])
+@pytest.mark.parametrize("prior", ["normal", "mixture", "diffusion"])
+def test_a_ladder_takes_any_prior_of_any_pseudoinputs(prior: str, pseudoinput: str) -> None:
+    data = _data("binary")
+    u = [f"pseudoinput={pseudoinput}", "pseudoinput.size=2"]
+    program = _build(data, *LADDER, f"prior={prior}", *SMALL_PRIOR[prior], *u)
+    assert math.isfinite(_loss(program, data))
+    assert program.model.sample(5).shape == (5, 1, 4, 4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("values", sorted(TAKES.keys() - {"real"}))
+@pytest.mark.parametrize("likelihood", list(PARTS["likelihood"]))
+def test_a_ladder_takes_the_likelihood_of_any_data_with_a_range(likelihood: str, values: str) -> None:
+    if likelihood in TAKES[values]:
+        data = _data(values)
+        u = ["prior=diffusion", *SMALL_PRIOR["diffusion"], "pseudoinput=dct", "pseudoinput.size=2"]
+        assert math.isfinite(_loss(_build(data, *LADDER, *u, f"likelihood={likelihood}"), data))
+
+
+def test_the_plain_ladder_has_neither_pseudoinputs_nor_a_prior() -> None:
+    program = _build(_data("binary"), *LADDER, "prior=none")
+    assert program.model.prior is None
+    assert math.isfinite(_loss(program, _data("binary")))
+
+
+@pytest.mark.parametrize("prior", ["normal", "mixture", "vamp", "diffusion"])
+def test_two_levels_take_any_prior(prior: str) -> None:
+    data = _data("binary")
+    two = ["model=hvae", "posterior=hvae", "decoder=pair", "decoder.z_1_dim=3"]
+    program = _build(data, *two, f"prior={prior}", *SMALL_PRIOR[prior])
+    assert math.isfinite(_loss(program, data))
+    assert program.model.sample(5).shape == (5, 1, 4, 4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    {
+        "posterior=ladder": r"\[posterior\] kind = 'ladder' needs \[model\] kind = 'ladder', got 'vae'",
+        "model=hvae": r"\[model\] kind = 'hvae' needs \[posterior\] kind = 'hvae', got 'normal'",
+        "prior=none": r"\[prior\] kind = 'none' needs \[model\] kind = 'ladder', got 'vae'",
+        "pseudoinput=dct": r"\[pseudoinput\] kind = 'dct' needs \[model\] kind = 'ladder', got 'vae'",
+        " ".join(LADDER): r"plain ladder has its priors in the network: set prior = 'none'",
+        " ".join(
+            [*LADDER, "prior=none", "pseudoinput=dct", "pseudoinput.size=2"]
+        ): r"pseudoinputs need a prior",
+        " ".join(
+            [*LADDER, "prior=vamp", "pseudoinput=dct", "pseudoinput.size=2"]
+        ): r"gives features, not codes",
+        "prior=diffusion prior.denoiser=unet": r"denoiser = 'unet' needs planes",
+    }.items(),
+)
+def test_parts_that_are_made_for_each_other_say_so(overrides: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        _build(_data("binary"), *overrides.split())
 
 
 def test_every_registered_likelihood_is_named_here() -> None:

@@ -1,4 +1,4 @@
-"""Sigma measured on training data: the mean squared error written out, at the end of a run and alone."""
+"""What is measured on training data, at the end of a run and alone: sigma, the variances of a diffusion."""
 
 import copy
 import math
@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from pvae.data import Data, from_tensors
 from pvae.evaluation import log_likelihood
-from pvae.inference import fit, load_parameters, measure_sigma, registered
+from pvae.guides import NormalGuide
+from pvae.inference import calibrate_diffusion, fit, load_parameters, measure_sigma, registered
 from pvae.inference.isolation import Generators
 from pvae.inference.program import program_state
 from pvae.likelihoods import Bernoulli, Normal
+from pvae.models import VAE
+from pvae.nn import MLPDecoder, MLPDenoiser, MLPEncoder
+from pvae.priors import DiffusionPrior
 
 from .profiled import profiled_programs
 from .programs import LinearGuide, LinearModel
@@ -229,3 +233,64 @@ def test_what_cannot_be_measured_is_refused(data: Data) -> None:
     with pytest.raises(ValueError, match="sigma must be positive and finite, got nan"):
         measure_sigma(model, guide, data.train)
     assert model.likelihood.measured_sigma == 0
+
+
+def diffusion_programs(num_steps: int = 6) -> tuple[VAE, NormalGuide]:
+    torch.manual_seed(2)
+    prior = DiffusionPrior(MLPDenoiser((2,), 8, 1), (2,), num_steps=num_steps)
+    model = VAE(prior, MLPDecoder(2, (5,), (8,)), Normal())
+    return model, NormalGuide(MLPEncoder((5,), 2, (8,)))
+
+
+def test_a_diffusion_is_calibrated_on_draws_of_the_guide(data: Data) -> None:
+    model, guide = diffusion_programs()
+    before, generators = program_state(model, guide), Generators.now(torch.device("cpu"))
+    calibrate_diffusion(model, guide, data.train, seed=3, batch_size=70)
+    prior = model.prior
+    assert isinstance(prior, DiffusionPrior)
+    assert prior.calibrated
+    after = program_state(model, guide)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name.rsplit(".", 1)[-1] for name in moved} == {"mse"}
+    assert torch.equal(generators.tensors["cpu"], Generators.now(torch.device("cpu")).tensors["cpu"])
+    # By hand: the squared error of the noise at each step, with other draws.
+    with torch.no_grad():
+        loc, scale = guide.encoder(data.train.x)
+        z = (loc + scale * torch.randn(500, *loc.shape)).double()
+        low, high = -7.0, 7.0
+        for i in range(6):
+            gamma = torch.tensor(low + (high - low) * (i + 1) / 6, dtype=torch.float64)
+            alpha, sigma = (1 / (1 + gamma.exp())) ** 0.5, (1 / (1 + (-gamma).exp())) ** 0.5
+            eps = torch.randn_like(z)
+            y = (alpha * z + sigma * eps).float()
+            guess = sigma * y + alpha * prior.denoiser(y, gamma.float())
+            wanted = (eps - guess).square().mean((0, 1))
+            assert torch.allclose(prior.mse[i].double(), wanted, rtol=0.5)
+
+
+def test_a_run_ends_calibrated_and_is_loaded_so(data: Data, tmp_path: Path) -> None:
+    model, guide = diffusion_programs()
+    train(data, model, guide, epochs=1, out=tmp_path)
+    assert model.prior.calibrated
+    again, its_guide = diffusion_programs()
+    load_parameters(tmp_path, again, its_guide)
+    assert again.prior.calibrated
+    assert torch.equal(again.prior.mse, model.prior.mse)  # type: ignore[arg-type]
+
+
+def test_validation_is_the_bound_of_training(data: Data) -> None:
+    """By a path of a prior not yet calibrated, a validation loss would be far off and fall when it is."""
+    model, guide = diffusion_programs(num_steps=2)
+    run = train(data, model, guide, epochs=1, lr=1e-9)
+    prior: Any = model.prior
+    with torch.no_grad(), prior.using("vlb", num_times=1000):
+        trace = pyro.poutine.trace(guide).get_trace(data.valid.x)
+        replayed = pyro.poutine.trace(pyro.poutine.replay(model, trace=trace)).get_trace(data.valid.x)
+        elbo = (replayed.log_prob_sum() - trace.log_prob_sum()) / len(data.valid)
+    assert run.history[-1]["valid_loss"] == pytest.approx(-float(elbo), abs=1.5)
+
+
+def test_only_a_diffusion_is_calibrated(data: Data) -> None:
+    model, guide = profiled_programs()
+    with pytest.raises(TypeError, match="must be a DiffusionPrior, got"):
+        calibrate_diffusion(model, guide, data.train)

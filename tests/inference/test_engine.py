@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from pvae.inference import ELBO
 from pvae.inference.engine import EagerEngine, GraphEngine, make_engine
+from pvae.nn import LadderSpec, MLPDenoiser
+from pvae.priors import DiffusionPrior
 
 from ..guides.five import data, single
+from ..ladders import jolted, ladder
 from .profiled import profiled_programs
 from .programs import LinearGuide, LinearModel, parameters
 
@@ -45,6 +48,39 @@ def test_the_graph_gives_the_losses_and_gradients_of_the_programs(kind: Any, lad
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
         assert graph.names == eager.names
         x = torch.randn(7, 5)
+
+
+def diffusion_ladder() -> tuple[nn.Module, nn.Module]:
+    """Three latents on two planes under pseudoinputs, away from where training starts."""
+    spec = LadderSpec((1, 8, 8), scales=((4, 2), (2, 1)), channels=3)
+    prior = DiffusionPrior(MLPDenoiser((1, 2, 2), hidden=8, blocks=1), (1, 2, 2))
+    programs = ladder(spec, u=2, prior=prior)
+    jolted(*programs, size=0.1)
+    return programs
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("kind", ["elbo", "mean_field"])
+def test_the_graph_of_a_ladder_under_a_diffusion_gives_the_losses_and_gradients_of_the_programs(
+    kind: Any, num_particles: int
+) -> None:
+    """The bound on log p(u) draws its times in a random order: that, too, is in the graph."""
+    programs, objective = diffusion_ladder(), ELBO(kind, num_particles)
+    eager, graph = EagerEngine(objective, *programs), GraphEngine(objective, *programs, compile=False)
+    losses = []
+    for rows in (7, 7, 4):
+        x = (torch.rand(rows, 1, 8, 8) < 0.5).double()
+        wanted = gradients_and_loss(eager, programs, x)
+        ours = gradients_and_loss(graph, programs, x)
+        torch.testing.assert_close(ours[0], wanted[0], rtol=1e-12, atol=1e-12)
+        assert all(gradient is not None and gradient.any() for gradient in wanted[1])
+        for a, b in zip(ours[1], wanted[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        assert "kl/u" in graph.names
+        assert graph.names == eager.names
+        losses.append(graph((x,), torch.ones(()))[0])
+    assert len({float(loss) for loss in losses}) == 3
 
 
 def test_the_graph_follows_its_parameters() -> None:
@@ -129,6 +165,18 @@ def test_a_compiled_graph_differentiates_forward_derivatives() -> None:
     for a, b in zip(gradients, reference, strict=True):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=5e-2, atol=1e-2 * size)
+
+
+@pytest.mark.slow
+def test_a_compiled_ladder_has_the_same_gradients_in_expectation() -> None:
+    torch.manual_seed(0)
+    programs = diffusion_ladder()
+    x = (torch.rand(1, 1, 8, 8) < 0.5).float().expand(10_000, 1, 8, 8).contiguous()
+    wanted, reference = gradients_and_loss(EagerEngine(ELBO("mean_field"), *programs), programs, x)
+    ours, gradients = gradients_and_loss(GraphEngine(ELBO("mean_field"), *programs), programs, x)
+    torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-2)
+    for a, b in zip(gradients, reference, strict=True):
+        assert (a - b).norm() < 0.1 * b.norm() + 0.05
 
 
 def moving_averages(name: str, compile: bool, channels: int | None = None) -> dict[str, Tensor]:

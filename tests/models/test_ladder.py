@@ -221,6 +221,11 @@ def test_parts_and_requests_that_do_not_fit_are_refused() -> None:
         model.sample(0)
     with pytest.raises(ValueError, match="temperature must be a finite number of at least 0, got -1"):
         model.sample(1, temperature=-1.0)
+    with pytest.raises(
+        ValueError, match="temperature must be 1 under a prior of u that has none, Independent"
+    ):
+        model.sample(1, temperature=0.5)
+    assert model.sample_given(torch.zeros(1, 1, 2, 2), 3, temperature=0.5).shape == (1, 3, 1, 8, 8)
     with pytest.raises(ValueError, match=r"u must have shape \(M, 1, 2, 2\), got \(1, 2, 2\)"):
         model.sample_given(torch.zeros(1, 2, 2), 3)
     with pytest.raises(ValueError, match="n_each must be positive, got 0"):
