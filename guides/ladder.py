@@ -64,16 +64,16 @@ class LadderGuide(nn.Module):
         ladder = self._model[0]
         names = ladder.spec.names
         with pyro.plate("data", len(x), dim=-1):
-            image = None
+            u, image = None, None
             if self.posterior_u is not None:
                 u = pyro.sample("u", self.posterior_u(x))
                 image = self.posterior_u.pseudoinput.context(u)
-            contexts = ladder.contexts(image)
-            features = self.bottom_up(x)
-            h = ladder.start()
+            descent, features = ladder.descent(image), self.bottom_up(x)
             for layer, name in enumerate(names):
-                loc, scale = self.bottom_up.heads(layer, h, features)
+                loc, scale = self.bottom_up.heads(layer, descent.h, features)
                 z: Tensor = pyro.sample(name, dist.Normal(loc, scale).to_event(3))
                 if layer + 1 < len(names):
-                    h = ladder.below(layer, ladder.prior(layer, h, contexts)[2], z)
+                    descent.go_on(z)
+            # The model, replayed on these draws, goes the same way: half of a training step.
+            ladder.keep(descent, u)
             return z

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.likelihoods import Likelihood
-from pvae.nn import LadderSpec, Pseudoinput, TopDown
+from pvae.nn import Descent, LadderSpec, Pseudoinput, TopDown
 
 __all__ = ["Ladder"]
 
@@ -91,7 +91,8 @@ class Ladder(nn.Module):
         """Run the generative program on ``x``, shape ``(B, *x_shape)``; ``y`` is passed over."""
         with pyro.plate("data", len(x), dim=-1):
             u = None if self.prior is None else pyro.sample("u", self.prior())
-            params = self._descend(_from_pyro, u, self.top_down.start())
+            kept = self.top_down.kept(u)
+            params = self._descend(_from_pyro, self._descent(u) if kept is None else kept.again())
             return pyro.sample("x", self.observation(params, x), obs=x)
 
     def observation(self, params: Tensor, x: Tensor) -> dist.TorchDistribution:
@@ -121,7 +122,7 @@ class Ladder(nn.Module):
         if self.top_down.aggregate:
             z = [latents[name] for name in self.spec.names]
             return self.likelihood(self.top_down.read_out(z, self.top_down.start()))
-        params = self._descend(lambda name, _: latents[name], latents.get("u"), self.top_down.start())
+        params = self._descend(lambda name, _: latents[name], self._descent(latents.get("u")))
         return self.likelihood(params)
 
     @torch.no_grad()
@@ -177,27 +178,25 @@ class Ladder(nn.Module):
         batch = (len(u), n_each)
         return self._sample(batch, u.unsqueeze(1).expand(*batch, *shape), mean, temperature)
 
-    def _descend(self, draw: Draw, u: Tensor | None, h: Tensor) -> Tensor:
-        """Walk down the ladder from the state ``h``, each latent as ``draw`` has it from its prior; return
-        the likelihood's parameters.
-        """
-        ladder = self.top_down
+    def _descent(self, u: Tensor | None, batch: tuple[int, ...] = ()) -> Descent:
         image = None if u is None or self.pseudoinput is None else self.pseudoinput.context(u)
-        contexts = ladder.contexts(image)
+        return self.top_down.descent(image, batch)
+
+    def _descend(self, draw: Draw, descent: Descent) -> Tensor:
+        """Go down, each latent as ``draw`` has it from its prior; return the likelihood's parameters."""
         z = []
-        for layer, name in enumerate(self.spec.names):
-            loc, scale, h = ladder.prior(layer, h, contexts)
+        for name in self.spec.names:
+            loc, scale = descent.prior()
             z.append(draw(name, dist.Normal(loc, scale).to_event(3)))
-            h = ladder.below(layer, h, z[-1])
-        return ladder.read_out(z, h)
+            descent.go_on(z[-1])
+        return self.top_down.read_out(z, descent.h)
 
     def _sample(self, batch: tuple[int, ...], u: Tensor | None, mean: bool, temperature: float) -> Tensor:
         def draw(name: str, prior: dist.TorchDistribution) -> Tensor:
             loc, scale = prior.base_dist.loc, prior.base_dist.scale
             return loc + math.sqrt(temperature) * scale * torch.randn_like(loc)
 
-        start = self.top_down.start()
-        params = self._descend(draw, u, start.expand(*batch, *start.shape))
+        params = self._descend(draw, self._descent(u, batch))
         x = self.likelihood(params)
         return x.mean if mean else x.sample()
 

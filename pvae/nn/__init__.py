@@ -10,7 +10,7 @@ from .gated import GatedLinear
 from .labels import LabelEmbedding, LabelSpace
 from .ladder_bottom_up import BottomUp
 from .ladder_spec import LadderSpec
-from .ladder_top_down import TopDown
+from .ladder_top_down import Descent, TopDown
 from .mlp import MLP
 from .mlp_decoder import MLPDecoder
 from .mlp_encoder import MLPEncoder
@@ -28,6 +28,7 @@ __all__ = [
     "ConvEncoder",
     "CouplingNet",
     "DCTPseudoinput",
+    "Descent",
     "DownsampledPseudoinput",
     "Encoder",
     "GatedLinear",

@@ -1,4 +1,4 @@
-"""Residual block of the ladder's networks (Kuzina & Tomczak 2024, arXiv:2412.01373v1, the authors' code)."""
+"""Residual block of the ladder's networks (Kuzina & Tomczak 2024, arXiv:2412.01373v1, and its code)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-r"""Inference network of a ladder of latents (Kuzina & Tomczak 2024, arXiv:2412.01373v1, the authors' code)."""
+r"""Inference network of a ladder of latents (Kuzina & Tomczak 2024, arXiv:2412.01373v1, and its code)."""
 
 import math
 from typing import Literal

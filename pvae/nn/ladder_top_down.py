@@ -1,9 +1,10 @@
-r"""Generative network of a ladder of latents (Kuzina & Tomczak 2024, arXiv:2412.01373v1, the authors' code)."""
+r"""Generative network of a ladder of latents (Kuzina & Tomczak 2024, arXiv:2412.01373v1, and its code)."""
 
 import functools
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .ladder_block import LadderBlock, over_images, pointwise, scales_of
 from .ladder_spec import LadderSpec
 from .leading import check_event, check_sizes
 
-__all__ = ["TopDown"]
+__all__ = ["Descent", "TopDown"]
 
 
 class TopDown(nn.Module):
@@ -88,10 +89,43 @@ class TopDown(nn.Module):
                 assert isinstance(lift, nn.Conv2d)
                 lift.weight *= gain
         self.read_z = nn.Conv2d(width, channels, 1) if aggregate else None
+        self._kept: tuple[Descent, Tensor | None, tuple[int, int]] | None = None
         self.read = nn.Sequential(
             *(LadderBlock(channels, hidden, channels, gain=0.0) for _ in range(postprocess)),
             nn.Conv2d(channels, self.out_shape[0], 3, padding=1),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: not a way down, whose tensors have gradients."""
+        return {**self.__dict__, "_kept": None}
+
+    def descent(self, image: Tensor | None, batch: tuple[int, ...] = ()) -> "Descent":
+        """Begin a way down.
+
+        Args:
+            image: Low-pass images, shape ``(*batch, C, H, H)``, or none; errors as in :meth:`contexts`.
+            batch: Shape of independent latents at the top; of one latent that broadcasts by default.
+        """
+        start = self.start()
+        return Descent(self, self.contexts(image), start.expand(*batch, *start.shape))
+
+    def keep(self, descent: "Descent", u: Tensor | None) -> None:
+        """Keep a way down, made under ``u``, for the one who goes the same way next.
+
+        A guide of this ladder walks where the model, replayed on its draws, will walk again. Only where there
+        are gradients, so in training: elsewhere parameters might change in between.
+        """
+        self._kept = (descent, u, self._mark()) if torch.is_grad_enabled() else None
+
+    def kept(self, u: Tensor | None) -> "Descent | None":
+        """Hand out the way down that was kept, once, if it was made under ``u`` with these parameters."""
+        kept, self._kept = self._kept, None
+        return kept[0] if kept is not None and kept[1] is u and kept[2] == self._mark() else None
+
+    def _mark(self) -> tuple[int, int]:
+        """Changes when an optimiser takes a step, and when parameters are exchanged for a call."""
+        weight: Tensor = self.read[-1].weight  # type: ignore[assignment]
+        return id(weight), weight._version
 
     def start(self) -> Tensor:
         """Return the state at the top, ``(channels, side, side)``; it broadcasts against any batch."""
@@ -188,3 +222,57 @@ class TopDown(nn.Module):
         return over_images(
             functools.partial(F.interpolate, size=(side, side), mode="bilinear", align_corners=False), planes
         )
+
+
+class Descent:
+    """A way down a ladder, latent by latent.
+
+    Args:
+        ladder: The network.
+        contexts: What its :meth:`TopDown.contexts` returned.
+        h: State at the top.
+        before: An earlier way down from the same state under the same contexts: as long as the latents are
+            the very same tensors, its states are taken over, and with them what their gradients need.
+    """
+
+    def __init__(
+        self, ladder: TopDown, contexts: list[Tensor] | None, h: Tensor, before: "Descent | None" = None
+    ) -> None:
+        self.contexts = contexts
+        self._ladder, self._before = ladder, before
+        self._states, self._z = [h], list[Tensor]()
+        self._priors = list[tuple[Tensor, Tensor, Tensor]]()
+
+    def again(self) -> "Descent":
+        """Begin the same way down once more."""
+        return Descent(self._ladder, self.contexts, self._states[0], self)
+
+    @property
+    def h(self) -> Tensor:
+        """State at the latent that comes next, shape ``(*batch, channels, side, side)``."""
+        return self._states[-1]
+
+    def prior(self) -> tuple[Tensor, Tensor]:
+        """Return ``loc`` and ``scale`` of the latent that comes next."""
+        return self._prior()[:2]
+
+    def go_on(self, z: Tensor) -> None:
+        """Pass the next latent, shape ``(*batch, z_channels, side, side)``."""
+        layer, before = len(self._z), self._before
+        passed = self._prior()[2]
+        if before is not None and (layer >= len(before._z) or before._z[layer] is not z):
+            self._before = before = None
+        self._z.append(z)
+        self._states.append(
+            self._ladder.below(layer, passed, z) if before is None else before._states[layer + 1]
+        )
+
+    def _prior(self) -> tuple[Tensor, Tensor, Tensor]:
+        layer = len(self._z)
+        if len(self._priors) == layer:
+            before = self._before
+            known = before is not None and layer < len(before._priors)
+            self._priors.append(
+                before._priors[layer] if known else self._ladder.prior(layer, self.h, self.contexts)  # type: ignore[union-attr]
+            )
+        return self._priors[layer]

@@ -1,5 +1,6 @@
 """The ladder's guide: its sites and density, its training, and what evaluation makes of several latents."""
 
+import copy
 import os
 import signal
 from pathlib import Path
@@ -285,3 +286,63 @@ def test_the_network_of_the_model_is_held_and_not_owned() -> None:
         torch.manual_seed(0)
         found.append(poutine.trace(program).get_trace(x).nodes["z_1"]["value"])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("u", [1, None])
+@pytest.mark.parametrize("aggregate", [True, False])
+def test_the_way_down_is_gone_once_for_both(
+    u: int | None, aggregate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and gradients are those of a model that goes its own way."""
+    torch.manual_seed(0)
+    model, guide = ladder(SPEC, u=u, aggregate=aggregate)
+    jolted(model, guide)
+    x = torch.rand(3, *SPEC.x_shape).round()
+    passes: list[int] = []
+    hook = model.top_down.priors[1].register_forward_hook(lambda *_: passes.append(1))
+
+    def step() -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        for program in (model, guide):
+            program.zero_grad()
+        passes.clear()
+        loss = ELBO("mean_field").differentiable_loss(model, guide, x)
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss.detach(), **found}
+
+    shared = step()
+    assert len(passes) == 1
+    monkeypatch.setattr(TopDown, "keep", lambda *_: None)
+    alone = step()
+    assert len(passes) == 2
+    hook.remove()
+    assert shared.keys() == alone.keys()
+    for name, value in shared.items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_way_down_is_gone_anew_for_other_parameters_or_latents() -> None:
+    torch.manual_seed(0)
+    model, guide = ladder(SPEC)
+    jolted(model, guide)
+    x = torch.rand(3, *SPEC.x_shape).round()
+
+    def log_prob(values: dict[str, Tensor]) -> Tensor:
+        trace = pyro.poutine.trace(pyro.poutine.condition(model, data=values)).get_trace(x)
+        return trace.log_prob_sum().detach()
+
+    def drawn() -> dict[str, Tensor]:
+        trace = pyro.poutine.trace(guide).get_trace(x)
+        return {name: trace.nodes[name]["value"] for name in SITES}
+
+    values = drawn()
+    copy.deepcopy((model, guide))  # which no tensor with a gradient allows
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(log_prob(values), log_prob({name: z.clone() for name, z in values.items()}))
+    values = drawn()
+    last = SPEC.names[1]
+    changed = {**values, last: values[last] + 1}
+    assert torch.allclose(log_prob(changed), log_prob({name: z.clone() for name, z in changed.items()}))

@@ -51,8 +51,8 @@ def test_the_graph_gives_the_losses_and_gradients_of_the_programs(kind: Any, lad
 
 
 def diffusion_ladder() -> tuple[nn.Module, nn.Module]:
-    """Three latents on two planes under pseudoinputs, away from where training starts."""
-    spec = LadderSpec((1, 8, 8), scales=((4, 2), (2, 1)), channels=3)
+    """Two latents on two planes under pseudoinputs, away from where training starts."""
+    spec = LadderSpec((1, 8, 8), scales=((4, 1), (2, 1)), channels=3)
     prior = DiffusionPrior(MLPDenoiser((1, 2, 2), hidden=8, blocks=1), (1, 2, 2))
     programs = ladder(spec, u=2, prior=prior)
     jolted(*programs, size=0.1)
@@ -60,8 +60,7 @@ def diffusion_ladder() -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("num_particles", [1, 3])
-@pytest.mark.parametrize("kind", ["elbo", "mean_field"])
+@pytest.mark.parametrize(("kind", "num_particles"), [("mean_field", 1), ("elbo", 3)])
 def test_the_graph_of_a_ladder_under_a_diffusion_gives_the_losses_and_gradients_of_the_programs(
     kind: Any, num_particles: int
 ) -> None:
@@ -69,8 +68,8 @@ def test_the_graph_of_a_ladder_under_a_diffusion_gives_the_losses_and_gradients_
     programs, objective = diffusion_ladder(), ELBO(kind, num_particles)
     eager, graph = EagerEngine(objective, *programs), GraphEngine(objective, *programs, compile=False)
     losses = []
-    for rows in (7, 7, 4):
-        x = (torch.rand(rows, 1, 8, 8) < 0.5).double()
+    for _ in range(2):  # traced, then replayed
+        x = (torch.rand(7, 1, 8, 8) < 0.5).double()
         wanted = gradients_and_loss(eager, programs, x)
         ours = gradients_and_loss(graph, programs, x)
         torch.testing.assert_close(ours[0], wanted[0], rtol=1e-12, atol=1e-12)
@@ -80,7 +79,7 @@ def test_the_graph_of_a_ladder_under_a_diffusion_gives_the_losses_and_gradients_
         assert "kl/u" in graph.names
         assert graph.names == eager.names
         losses.append(graph((x,), torch.ones(()))[0])
-    assert len({float(loss) for loss in losses}) == 3
+    assert losses[0] != losses[1]
 
 
 def test_the_graph_follows_its_parameters() -> None:
