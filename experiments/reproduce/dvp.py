@@ -229,7 +229,7 @@ _EFFECTS = (
 )
 _PANELS = (_ELBO, _IWAE, Column("code", "the authors' procedure, no bound"))
 _LINES = (_ELBO, _NESTED, _IWAE)
-_RATES = (Column("rate_u", "rate of u"), Column("rate_u_gaussian", "of a Gaussian fit"))
+_RATES = (Column("rate_u", "rate of u"), Column("rate_u_gaussian", "rate under a Gaussian fit"))
 _FITTED = 10_000  # training data that a Gaussian is fitted to u of
 
 

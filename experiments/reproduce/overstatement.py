@@ -154,7 +154,7 @@ class OverstatementStudy(AnyStudy):
         for (variance, steps), cells in configurations(records, ("variance", "steps")).items():
             if steps == f"T{_STEPS[0]}":
                 panels[f"variance {_WORDS[variance]}, nats"] = [
-                    _trend(words, cells, name, counts) for name, words in _ESTIMATES.items()
+                    _trend(_ESTIMATES[name], cells, name, counts) for name in ("grid", "chain")
                 ]
         if not panels:
             return []
@@ -235,8 +235,10 @@ def optimal_noise(variance: float, u_shape: tuple[int, ...], num_steps: int) -> 
 
 def log_mean_exp(log_w: Tensor, num_particles: int) -> Tensor:
     """Average the log-mean-exp of K log-weights over as many blocks of K as there are, ``(M, B) -> (B,)``."""
-    blocks = log_w[: len(log_w) // num_particles * num_particles].unflatten(0, (-1, num_particles))
-    return (blocks.logsumexp(1) - math.log(num_particles)).mean(0)
+    size = len(log_w) // num_particles
+    blocks = log_w[: size * num_particles].reshape(size, num_particles, *log_w.shape[1:])
+    found: Tensor = (blocks.logsumexp(1) - math.log(num_particles)).mean(0)
+    return found
 
 
 def _mse(variance: float, num_steps: int, ends: tuple[float, float]) -> Tensor:
