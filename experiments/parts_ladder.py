@@ -25,7 +25,7 @@ from pvae.nn import (
     TopDown,
     UNetDenoiser,
 )
-from pvae.priors import DiffusionPrior, ImagePrior
+from pvae.priors import CodePrior, DiffusionPrior, ImagePrior
 
 from .registry import register
 
@@ -118,7 +118,8 @@ def ladder(
     """Put a ladder together, plain or under a prior of pseudoinputs.
 
     Raises:
-        ValueError: If there are pseudoinputs and no prior of them, or a prior and nothing that it is of.
+        ValueError: If there are pseudoinputs and no prior of them, or a prior and nothing that it is of, or
+            one that is fitted to codes.
     """
     if pseudoinput is None and prior is not None:
         raise ValueError(
@@ -127,6 +128,8 @@ def ladder(
         )
     if pseudoinput is not None and prior is None:
         raise ValueError("pseudoinputs need a prior, such as prior = 'diffusion'")
+    if isinstance(prior, CodePrior):
+        raise ValueError("pseudoinputs are no codes of an autoencoder: set prior = 'diffusion'")
     if pseudoinput is not None and prior is not None and not isinstance(prior, DiffusionPrior):
         prior = ImagePrior(prior, pseudoinput.u_shape)
     return Ladder(decoder, likelihood, prior, pseudoinput)

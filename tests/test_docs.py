@@ -14,7 +14,12 @@ from pvae.experiments.spec import recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORTER = {"epochs=50": "epochs=1", "beta_warmup=5": "beta_warmup=1", "num_particles=1000": "num_particles=2"}
+SHORTER = {
+    "epochs=50": "epochs=1",
+    "beta_warmup=5": "beta_warmup=1",
+    "num_particles=1000": "num_particles=2",
+    "num_particles=100)": "num_particles=2)",
+}
 
 
 def blocks(page: Path) -> list[str]:
@@ -38,11 +43,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cvae-nf", "x-vae", "five", "divae"])
+@pytest.mark.parametrize("name", ["cvae-nf", "x-vae", "five", "divae", "dvp-vae"])
 def test_the_examples_of_a_paper_run(name: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / f"{name}.md"
     # DiVAE is a table that any recipe takes.
-    command = "vae align=direct" if name == "divae" else f"{name}-digits\n"
+    command = {"divae": "vae align=direct", "dvp-vae": "dvp-tiny "}.get(name, f"{name}-digits\n")
     assert f"pvae train {command}" in page.read_text()
     if "open_run" in page.read_text():
         # What the page trains by the command before it opens it, in fewer steps.

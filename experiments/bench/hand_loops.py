@@ -1,14 +1,34 @@
-"""Variational autoencoders as one writes them without this library: the yardsticks of :mod:`.steps`.
+"""Variational autoencoders as one writes them without this library: the yardsticks of :mod:`.steps`, and the
+loop of :mod:`.ladder`, too.
 
 Nothing here is shared with ``pvae.nn``, ``pvae.likelihoods`` or ``pvae.inference``; a test copies the weights
 across and compares loss and gradients, so that both sides of a ratio do the same work.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HandLoop", "HandVAE", "conv_vae", "mlp_vae"]
+__all__ = ["HandLoop", "HandVAE", "adam", "adamax", "conv_vae", "mlp_vae"]
+
+
+class HandNet(Protocol):
+    """What a loop needs of a net."""
+
+    def loss(self, x: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3, fused=True)
+
+
+def adamax(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adamax(parameters, lr=1e-3, foreach=True)
 
 
 class HandVAE(nn.Module):
@@ -38,19 +58,27 @@ class HandVAE(nn.Module):
 
 
 class HandLoop:
-    """A training loop on data that lie on the device, with one fused optimiser and no wait inside.
+    """A training loop on data that lie on the device, with one optimiser and no wait inside.
 
     Args:
         net: What is trained.
         levels: Grey levels, shape ``(N, *x_shape)``, uint8.
         batch_size: Data per step.
         compile: Whether loss and gradient go through ``torch.compile``.
+        optimizer: Makes the optimiser of the net's parameters.
     """
 
-    def __init__(self, net: HandVAE, levels: Tensor, batch_size: int, compile: bool = False) -> None:
+    def __init__(
+        self,
+        net: HandNet,
+        levels: Tensor,
+        batch_size: int,
+        compile: bool = False,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = adam,
+    ) -> None:
         self.levels, self.batch_size = levels, batch_size
         self.loss = torch.compile(net.loss, fullgraph=True, dynamic=False) if compile else net.loss
-        self.optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+        self.optimizer = optimizer(net.parameters())
 
     def run(self, steps: int) -> float:
         """Take ``steps`` steps in one shuffled pass; return their mean loss in nats per datum."""

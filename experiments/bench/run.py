@@ -13,6 +13,7 @@ from ..program import SpecError
 from .alignment import time_alignment
 from .evaluation import time_evaluation
 from .flow_prior import time_flow_prior
+from .ladder import time_ladder
 from .posteriors import NETWORKS, time_posteriors
 from .steps import CASES, time_steps
 from .table import format_table
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Timer] = {
     "cvae-nf": time_flow_prior,
     **{name: partial(time_posteriors, name) for name in NETWORKS},
     "alignment": time_alignment,
+    "ladder": time_ladder,
 }
 
 

@@ -169,7 +169,7 @@ _READING = (
     "All are lower bounds on log p(x). The ELBO and the nested bound of DVP-VAE are those of its diffusion "
     "in continuous time, its IWAE that of the chain of steps that is sampled, calibrated on training data; u "
     "is inside the logarithm of IWAE and outside of that of the nested bound. Data, batches and epochs are "
-    "the same for all models, but for the VAE that is trained for the CPU time of DVP-VAE."
+    "the same for all models, but for the VAE that is trained for about the CPU time of DVP-VAE."
 )
 _LATENT_READING = (
     "The rate of u is the mean of log r(u | x) - log p(u), in continuous time; beside it those on training "

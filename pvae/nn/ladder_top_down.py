@@ -113,7 +113,8 @@ class TopDown(nn.Module):
         """Keep a way down, made under ``u``, for the one who goes the same way next.
 
         A guide of this ladder walks where the model, replayed on its draws, will walk again. Only where there
-        are gradients, so in training: elsewhere parameters might change in between.
+        are gradients, so in training: elsewhere parameters might change in between. Of such a change one
+        parameter stands for all: an optimiser's step and an exchange of parameters for a call touch each.
         """
         self._kept = (descent, u, self._mark()) if torch.is_grad_enabled() else None
 

@@ -122,6 +122,7 @@ def test_two_levels_take_any_prior(prior: str) -> None:
         " ".join(
             [*LADDER, "prior=vamp", "pseudoinput=dct", "pseudoinput.size=2"]
         ): r"gives features, not codes",
+        " ".join([*LADDER, "prior=codes", "pseudoinput=dct", "pseudoinput.size=2"]): r"are no codes of",
         "prior=diffusion prior.denoiser=unet": r"denoiser = 'unet' needs planes",
     }.items(),
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,16 +167,41 @@ def test_a_compiled_graph_differentiates_forward_derivatives() -> None:
             torch.testing.assert_close(a, b, rtol=5e-2, atol=1e-2 * size)
 
 
+class _Diffused(nn.Module):
+    """u under a diffusion, x = u + noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = DiffusionPrior(MLPDenoiser((3,), hidden=8, blocks=1), (3,))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        with pyro.plate("data", len(x), dim=-1):
+            u = pyro.sample("z", self.prior())
+            return pyro.sample("x", dist.Normal(u, 1.0).to_event(1), obs=x)
+
+
 @pytest.mark.slow
-def test_a_compiled_ladder_has_the_same_gradients_in_expectation() -> None:
+def test_a_compiled_diffusion_has_the_same_gradients_in_expectation() -> None:
+    """Times in a random order, a sort of random numbers: the draws of a compiled graph are others."""
     torch.manual_seed(0)
-    programs = diffusion_ladder()
-    x = (torch.rand(1, 1, 8, 8) < 0.5).float().expand(10_000, 1, 8, 8).contiguous()
-    wanted, reference = gradients_and_loss(EagerEngine(ELBO("mean_field"), *programs), programs, x)
-    ours, gradients = gradients_and_loss(GraphEngine(ELBO("mean_field"), *programs), programs, x)
-    torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-2)
-    for a, b in zip(gradients, reference, strict=True):
-        assert (a - b).norm() < 0.1 * b.norm() + 0.05
+    programs = _Diffused(), LinearGuide(x_dim=3)
+    jolted(*programs, size=0.1)
+    x = torch.randn(1, 3).expand(10_000, 3).contiguous()
+    found = []
+    for engine in (
+        EagerEngine(ELBO("mean_field"), *programs),
+        GraphEngine(ELBO("mean_field"), *programs),
+    ):
+        losses, gradients = [], []
+        for _ in range(20):
+            losses.append(engine((x,), torch.ones(())).clone())
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in parameters(*programs) if p.grad is not None])
+            )
+        found.append((torch.stack(losses).mean(0), torch.stack(gradients).mean(0)))
+    (wanted, reference), (ours, gradient) = found
+    torch.testing.assert_close(ours, wanted, rtol=5e-2, atol=2e-2)
+    assert (gradient - reference).norm() < 0.05 * reference.norm()
 
 
 def moving_averages(name: str, compile: bool, channels: int | None = None) -> dict[str, Tensor]:
