@@ -89,7 +89,15 @@ def test_the_documentation_names_only_recipes_that_there_are() -> None:
 
 @pytest.mark.parametrize(
     ("name", "page_name"),
-    [("cvae-nf", "cvae-nf"), ("x-vae", "x-vae"), ("five", "five"), ("divae", "divae"), ("density", "divae")],
+    [
+        ("cvae-nf", "cvae-nf"),
+        ("x-vae", "x-vae"),
+        ("five", "five"),
+        ("divae", "divae"),
+        ("density", "divae"),
+        ("dvp", "dvp-vae"),
+        ("overstatement", "dvp-vae"),
+    ],
 )
 def test_study_tables_are_those_of_the_results(name: str, page_name: str) -> None:
     """Page, tables and cells agree: what a page prints was made from the records beside it."""

@@ -444,7 +444,19 @@ def _pvae(*arguments: object, code: int = 0) -> Result:
 
 def test_studies_are_listed() -> None:
     found = json.loads(_pvae("--list", "--json").stdout)
-    assert set(found) == set(STUDIES) == {"cvae-nf", "x-vae", "five", "divae", "density"}
+    assert (
+        set(found)
+        == set(STUDIES)
+        == {
+            "cvae-nf",
+            "x-vae",
+            "five",
+            "divae",
+            "density",
+            "dvp",
+            "overstatement",
+        }
+    )
     assert "cvae-nf" in _pvae("--list").stdout
 
 

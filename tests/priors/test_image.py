@@ -28,5 +28,3 @@ def test_gradients_reach_the_prior() -> None:
 def test_other_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must have the 4 entries of \(1, 2, 2\), got 5"):
         ImagePrior(StandardNormal(5), (1, 2, 2))
-
-
