@@ -238,7 +238,7 @@ def test_decoder_passes_are_those_of_the_evaluation(tiny: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "cpu-five", "cpu-five-graph", "cpu-alignment", "cpu-alignment-graph"]
+    "name", ["cpu", "cpu-five", "cpu-five-graph", "cpu-alignment", "cpu-alignment-graph", "cpu-ladder"]
 )
 def test_documented_table_is_the_measured_one(name: str) -> None:
     root = Path(__file__).parents[1]
