@@ -213,7 +213,7 @@ def test_the_proposal_of_the_evaluation_is_said() -> None:
 def test_a_ladder_is_said_layer_by_layer() -> None:
     spec = load_spec("dvp-tiny")
     lines = _lines_of(explain(spec, spec.load_data()))
-    assert lines["latent"].startswith("u ∈ ℝ^(1×4×4), z₄, z₃ ∈ ℝ^(1×2×2), z₂, z₁ ∈ ℝ^(1×4×4)   40 numbers")
+    assert lines["latent"].startswith("u ∈ ℝ^(1×3×3), z₄, z₃ ∈ ℝ^(1×2×2), z₂, z₁ ∈ ℝ^(1×4×4)   40 numbers")
     assert lines["joint"] == "p(x, z, u) = p(u) ∏ₗ p(zₗ | z₍>ₗ₎, u) p(x | z)"
     assert lines["prior"].startswith("p(u) = 100 steps of a denoiser from N(0, I),  γ from -7.0 to 7.0")
     assert lines["u"].startswith("r(u | x) = N(u; f(x), diag e^ρ),  f(x) = clip(DᵀxD / S, ±1)")
