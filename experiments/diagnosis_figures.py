@@ -65,7 +65,9 @@ def layer_bars(report: LadderReport, path: Path, title: str = "") -> Path:
         if not rows:
             _bars(figure.subplots(), report)
             return canvas.save(figure, path, title)
-        above, below = figure.subfigures(2, 1, height_ratios=(heights[0], sum(heights[1:])))
+        # Typed as one figure by some versions of matplotlib, and as an array by others.
+        halves: Any = figure.subfigures(2, 1, height_ratios=(heights[0], sum(heights[1:])))
+        above, below = halves
         _bars(above.subplots(), report)
         grid = below.add_gridspec(rows, across)
         panels = [below.add_subplot(grid[i // across, i % across]) for i in range(count)]
