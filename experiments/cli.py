@@ -252,32 +252,79 @@ def diagnose(
         typer.Option(help="Conformal tests are calibrated on: valid (default), or test, half of it."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    budget: Annotated[
+        str,
+        typer.Option(help="quick (about 1 minute on two cores), standard (10 minutes) or full (an hour)."),
+    ] = "quick",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="A part by its name, such as likelihood or gaps; may be repeated."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compute again what earlier diagnoses found.")
+    ] = False,
     device: _Device = "auto",
     data_root: _DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch missing data files.")] = False,
     threads: _Threads = None,
     as_json: _Json = False,
 ) -> None:
-    """Judge the prior of a run, and how it tells data from elsewhere from its own."""
+    """Judge a run within a budget: its likelihood with evidence, posterior, prior, samples and more.
+
+    Each part is kept in the run folder as soon as it is found; after a break, and within a larger budget, the
+    same command goes on. `pvae report RUN` shows all of it on one page.
+    """
     place = _place(device)
     from .diagnosing import Wanted
-    from .diagnosing import diagnose as run_diagnosis
+    from .evidence import judge
     from .jobs import use_threads
+    from .telling import Teller, to_json
 
     wanted = Wanted(tuple(ood or ()), num_data, num_samples, num_particles, calibration, seed)
     opened = open_run(run, root=data_root, device=place)
     use_threads(opened.program, opened.spec, threads)
-    found = run_diagnosis(
-        opened, wanted, root=data_root, download=download, progress=False if as_json else None
-    )
+    teller = Teller(opened.folder, typer.echo, progress=not as_json and sys.stderr.isatty())
+    try:
+        found = judge(
+            opened,
+            wanted,
+            budget=budget,
+            only=tuple(only or ()),
+            fresh=fresh,
+            root=data_root,
+            download=download,
+            progress=False if as_json else None,
+            begun=teller.begun,
+            ended=None if as_json else teller.ended,
+        )
+    except KeyboardInterrupt:
+        kept = f"finished parts are kept in {opened.folder.evidence}: the same command goes on"
+        _fail(_INTERRUPTED, f"interrupted, {kept}")
     if as_json:
-        figures = [str(path) for path in found.pictures]
-        _print_json(run=str(run), figures=figures, **found.to_dict(per_datum=False))
+        _print_json(run=str(run), **to_json(opened.folder, found))
         return
-    typer.echo(found.to_text() + "\n")
-    for path in found.pictures:
-        typer.echo(f"figure    {path}")
-    typer.echo(f"record    {opened.folder.diagnosis}")
+    teller.summary(found, budget)
+
+
+@app.command()
+@_guarded
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, side by side.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="HTML file (default report.html in the folder of the run, or here for several)."),
+    ] = None,
+    data_root: _DataRoot = None,
+    as_json: _Json = False,
+) -> None:
+    """Write one HTML page that shows runs and what diagnoses found, complete in itself."""
+    from .report import write_report
+
+    path = write_report(runs, out, root=data_root)
+    if as_json:
+        _print_json(page=str(path), bytes=path.stat().st_size)
+    else:
+        typer.echo(str(path))
 
 
 @app.command()

@@ -40,6 +40,7 @@ from .registry import nearest
 from .runs import OpenRun
 
 __all__ = [
+    "LABELS",
     "Density",
     "Diagnosis",
     "Exact",
@@ -49,6 +50,7 @@ __all__ = [
     "density_of",
     "diagnose",
     "load_outside",
+    "spread",
 ]
 
 # Data in the mixture that stands for the aggregate posterior: its cost is quadratic.
@@ -72,8 +74,8 @@ _WHAT_FLOW = "log p(z) + log det g'(u)"
 _FROM_RUN = ("binarize", "scale", "dequantize", "root", "download", "valid")
 # Data sets that can be loaded without the parts that nobody scores.
 _TEST_ALONE = {"emnist": {"parts": "test"}}
-# Scored under a label each, data from elsewhere take the best of at most so many.
-_LABELS = 64
+LABELS = 64
+"""Scored under a label each, data from elsewhere take the best of at most so many."""
 
 
 class Known(NamedTuple):
@@ -197,6 +199,10 @@ class Diagnosis:
 
     def to_text(self) -> str:
         """Return the tables, each under its heading."""
+        return "\n\n".join(f"{heading}\n\n{text}" for heading, text in self.sections())
+
+    def sections(self) -> list[tuple[str, str]]:
+        """Return the tables with their headings."""
         parts = []
         if self.alignment is not None:
             parts.append(("prior against aggregate posterior", self.alignment.to_markdown()))
@@ -216,8 +222,7 @@ class Diagnosis:
         if self.no_flow is not None:
             parts.append((f"{_WHAT_FLOW} against the density", f"not scored: {self.no_flow}"))
         parts += [(f"inside against {name}", report.to_markdown()) for name, report in self.ood.items()]
-        parts += self.notes.items()
-        return "\n\n".join(f"{heading}\n\n{text}" for heading, text in parts)
+        return [*parts, *self.notes.items()]
 
 
 def diagnose(
@@ -363,8 +368,8 @@ def _diagnose(
     progress: bool | None,
     start: float,
 ) -> Diagnosis:
-    test = _spread(run.data.test, wanted.num_data)
-    few, seed, folder = _spread(test, _MIXTURE), wanted.seed, run.folder.figures
+    test = spread(run.data.test, wanted.num_data)
+    few, seed, folder = spread(test, _MIXTURE), wanted.seed, run.folder.figures
     title = run.spec.description or f"{run.spec.model.kind} on {run.spec.data.name}"
     alignment = coverage = activity = layers = agreement = no_flow = None
     pictures: list[Path] = []
@@ -382,8 +387,8 @@ def _diagnose(
         layers = ladder_report(
             *run.program,
             test,
-            _spread(train, wanted.num_data),
-            _spread(train, _FIT),
+            spread(train, wanted.num_data),
+            spread(train, _FIT),
             num_train=len(train),
             seed=seed,
             progress=progress,
@@ -407,11 +412,11 @@ def _diagnose(
         inside = score(test, 0)
         part = wanted.calibration or ("valid" if "valid" in run.data.parts else "test")
         if part == "valid":
-            calibration = score(_spread(run.data.valid, wanted.num_data), 1)
+            calibration = score(spread(run.data.valid, wanted.num_data), 1)
         for i, (name, split) in enumerate(outside.items()):
             reports[name] = compare_scores(
                 inside,
-                score(_spread(split, wanted.num_data), 2 + i),
+                score(spread(split, wanted.num_data), 2 + i),
                 calibration,
                 seed=seed,
                 labelled=inside.conditional,
@@ -495,7 +500,7 @@ def _scorer(
     labels = None
     if getattr(run.model, "conditional", False):
         assert test.y is not None
-        labels = label_candidates(test.y, _LABELS)
+        labels = label_candidates(test.y, LABELS)
 
     def score(split: Split, stream: int) -> LatentScores:
         seed = wanted.seed + stream
@@ -513,8 +518,8 @@ def _scorer(
     return score
 
 
-def _spread(split: Split, num: int) -> Split:
-    """At most ``num`` data, evenly spread, since some sets are sorted by class."""
+def spread(split: Split, num: int) -> Split:
+    """Return at most ``num`` data, evenly spread, since some sets are sorted by class."""
     if num >= len(split):
         return split
     return split[torch.linspace(0, len(split) - 1, num, dtype=torch.float64).long()]

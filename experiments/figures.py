@@ -30,6 +30,7 @@ __all__ = [
     "labelled_grid",
     "loss_curves",
     "read_metrics",
+    "reconstructed",
     "reconstructions",
     "samples",
     "value_range",
@@ -91,6 +92,22 @@ def reconstructions(
         title: Line above the panels.
         num: Number of data, by default 10 images or 300 points.
     """
+    x, means = reconstructed(program, split, num)
+    panels = {"data": x, "reconstruction": means}
+    if x.ndim == 4:
+        return _compare(panels, path, title, columns=len(x), bounds=value_range(split))
+    with canvas.look():
+        return canvas.save(_scatter({name: {"": each} for name, each in panels.items()}, x), path, title)
+
+
+def reconstructed(program: Program, split: Split, num: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return data and the means of p(x | z), with z drawn from the guide, each ``(num, *x_shape)``.
+
+    Args:
+        program: The trained program.
+        split: Data, of which some are taken, spread evenly.
+        num: Their number, by default 10 images or 300 points.
+    """
     images = len(split.protocol.x_shape) == 3
     shown = split[_spread(len(split), num or (_IMAGES if images else _POINTS))]
     device = device_of(*program)
@@ -100,12 +117,8 @@ def reconstructions(
         torch.manual_seed(0)
         guide = pyro.poutine.trace(program.guide).get_trace(*((x,) if y is None else (x, y)))
         model = pyro.poutine.trace(pyro.poutine.replay(program.model, trace=guide))
-        means = model.get_trace(*((x,) if y is None else (x, y))).nodes["x"]["fn"].mean
-    panels = {"data": x, "reconstruction": means}
-    if images:
-        return _compare(panels, path, title, columns=len(x), bounds=value_range(split))
-    with canvas.look():
-        return canvas.save(_scatter({name: {"": each} for name, each in panels.items()}, x), path, title)
+        means: Tensor = model.get_trace(*((x,) if y is None else (x, y))).nodes["x"]["fn"].mean
+    return x, means
 
 
 def draw_samples(

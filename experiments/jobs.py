@@ -30,6 +30,7 @@ __all__ = [
     "better_bound",
     "compare_bounds",
     "evaluate",
+    "proposals",
     "sample",
     "train",
     "use_threads",
@@ -94,7 +95,7 @@ def train(
     use_threads(program, spec, threads)
     if spec.evaluate.after_training:
         _part(data, spec.evaluate)
-        _proposals(program, spec.evaluate, prior_scale=1.0)  # a prior may not be fitted before training
+        proposals(program, spec.evaluate, prior_scale=1.0)  # a prior may not be fitted before training
     folder = RunFolder(out)
     folder.prepare(spec, resume=resume, force=force)
     spent = folder.read_manifest().get("seconds", 0.0) if resume else 0.0
@@ -177,7 +178,7 @@ def evaluate(
     """
     split = _part(run.data, settings)
     estimates: list[LikelihoodEstimate | NestedEstimate] = []
-    for name, proposal in _proposals(run.program, settings).items():
+    for name, proposal in proposals(run.program, settings).items():
         start = time.monotonic()
         options: dict[str, Any] = {
             "num_particles": settings.num_particles,
@@ -323,10 +324,17 @@ def _measured(program: Program) -> dict[str, Any]:
     return {"sigma": likelihood.sigma.tolist()} if getattr(likelihood, "profiled", False) else {}
 
 
-def _proposals(
-    program: Program, settings: Evaluate, prior_scale: float | None = None
-) -> dict[str, nn.Module]:
-    """The programs to draw from, by name."""
+def proposals(program: Program, settings: Evaluate, prior_scale: float | None = None) -> dict[str, nn.Module]:
+    """Return the programs that latents are drawn from, by name.
+
+    Args:
+        program: Model and guide.
+        settings: Which are wanted.
+        prior_scale: See :func:`pvae.guides.laplace_proposal`.
+
+    Raises:
+        SpecError: If the program has no such proposal.
+    """
     wanted = settings.proposal
     if wanted == "auto":
         wanted = "both" if hasattr(program.guide, "proposal") else "own"

@@ -73,6 +73,16 @@ class RunFolder:
         return self.path / "diagnosis.json"
 
     @property
+    def evidence(self) -> Path:
+        """What each part of a diagnosis found, a file for each."""
+        return self.path / "evidence"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.path / "report.html"
+
+    @property
     def density(self) -> Path:
         """Log-density of the training data, for a run that is aligned with one."""
         return self.path / "density.safetensors"
@@ -173,9 +183,17 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for path in (self.checkpoints, self.figures, self.autoencoder):
+        for path in (self.checkpoints, self.figures, self.autoencoder, self.evidence):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.spec, self.manifest, self.metrics, self.evaluation, self.diagnosis, self.density):
+        for path in (
+            self.spec,
+            self.manifest,
+            self.metrics,
+            self.evaluation,
+            self.diagnosis,
+            self.density,
+            self.report,
+        ):
             path.unlink(missing_ok=True)
 
 

@@ -61,7 +61,7 @@ def shipped() -> dict[str, str]:
         path.relative_to(ROOT).as_posix(): target
         for path, target in files.items()
         # What was measured stays in the repository.
-        if path.suffix in {".py", ".toml", ".typed"} and "results" not in path.parts
+        if path.suffix in {".py", ".toml", ".typed", ".html", ".css"} and "results" not in path.parts
     }
 
 

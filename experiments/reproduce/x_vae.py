@@ -18,6 +18,7 @@ from pvae.evaluation import (
     mmd2,
     mmd_permutation,
     nearest_distance,
+    whitened,
 )
 from pvae.inference import fit
 from pvae.inference.isolation import device_of, evaluating
@@ -278,7 +279,7 @@ def _of_autoencoder(program: Program, stage: FirstStage, real: Judge, seed: int)
         pictures = torch.cat([program.model.decode(part).mean for part in codes.split(_ROWS)])  # type: ignore[operator]
         scored = _codes_of(stage, held.scored)
         error = program.model.decode(scored).mean - held.scored.x.to(scored.device)  # type: ignore[operator]
-    codes, z, null = _whitened(codes, z, null)
+    codes, z, null = whitened(torch.cat([z, null]), codes, z, null)
     test = mmd_permutation(codes, z, 100, seed)
     return {
         "mse": plain(error.square().mean()),
@@ -349,16 +350,6 @@ def _codes_of(stage: FirstStage, split: Split) -> Tensor:
     """Return the autoencoder's codes of held-out data, shape ``(N, z_dim)``."""
     device = device_of(stage.encoder)
     return torch.cat([stage.encoder(part.to(device))[0] for part in split.x.split(_ROWS)])
-
-
-def _whitened(codes: Tensor, prior: Tensor, null: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take all three to coordinates in which the prior has moments 0 and 1, as the alignment report does."""
-    codes, prior, null = (points.double().cpu() for points in (codes, prior, null))
-    pooled = torch.cat([prior, null])
-    value, vector = torch.linalg.eigh(torch.cov(pooled.T))
-    root = vector * value.clamp(min=1e-10 * float(value.max())).rsqrt()
-    loc = pooled.mean(0)
-    return (codes - loc) @ root, (prior - loc) @ root, (null - loc) @ root
 
 
 def _sweep_table(records: Sequence[Record]) -> str:

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["datasets", "download_celeba", "download_idx", "read_cifar10", "read_idx", "read_square"]
+__all__ = [
+    "datasets",
+    "download_celeba",
+    "download_idx",
+    "inception_network",
+    "read_cifar10",
+    "read_idx",
+    "read_square",
+]
 
 
 @functools.cache
@@ -106,3 +114,10 @@ def read_square(path: Path, size: int) -> Tensor:
 def download_celeba(root: Path) -> None:
     """Download all files of CelebA into ``root``; torchvision checks their sums and unpacks the images."""
     datasets().CelebA(str(root), split="all", download=True)
+
+
+def inception_network() -> Any:
+    """Return torchvision's Inception v3 without weights; nothing is downloaded."""
+    datasets()  # past the operators that do not load
+    models = importlib.import_module("torchvision.models")
+    return models.inception_v3(weights=None, init_weights=False, transform_input=False)

@@ -19,13 +19,15 @@ from pvae.inference.program import Program
 
 from .activity import _RELATIVE, mean_variance
 from .alignment_plot import plot_alignment
+from .c2st import C2ST, classifier_two_sample
 from .features import FeatureExtractor
 from .frechet import frechet_distance, frechet_interval
 from .interval import Interval, bootstrap_intervals
 from .latents import Posterior, Prior, draw_posterior, draw_prior, latent_names, log_aggregate, means
 from .similarity import linear_cka, linear_r2, pearson
-from .two_sample import C2ST, classifier_two_sample, gaussian_w2, mmd_interval, mmd_permutation
+from .two_sample import Kernel, gaussian_w2, mmd_interval, mmd_permutation
 from .weights import held_out
+from .whitening import whitened
 
 __all__ = ["AlignmentReport", "Measure", "alignment_report"]
 
@@ -345,7 +347,7 @@ def alignment_report(
         code_r2=agreement[1],
         code_cka=agreement[2],
         code_rms=agreement[3],
-        saturated=information > _SATURATED * limit or limit < math.log(10),
+        saturated=is_saturated(information, limit),
         information_limit=limit,
         mean_gaps=gaps,
         log_std_ratios=ratios,
@@ -363,7 +365,11 @@ def alignment_report(
 
 @dataclass(frozen=True)
 class _Samples:
-    """The three samples, and how they are resampled."""
+    """The three samples, and how they are resampled.
+
+    The prior's white coordinates are those of both its samples, or of the null alone if ``apart``: then they
+    depend on nothing that is tested.
+    """
 
     q: Posterior
     p: Prior
@@ -372,6 +378,7 @@ class _Samples:
     num_bootstrap: int
     max_points: int
     seed: int
+    apart: bool = False
 
     def bootstrap(
         self, statistic: Callable[..., Tensor], *sizes: int, least: float = -math.inf
@@ -386,12 +393,8 @@ class _Samples:
 
     def white(self) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior, prior and null in the coordinates where the prior's moments are 0 and 1."""
-        pooled = torch.cat([self.p.z, self.null.z])
-        loc = pooled.mean(0)
-        value, vector = torch.linalg.eigh(torch.cov(pooled.T).reshape(pooled.shape[1], -1))
-        # A direction in which the prior does not move keeps a scale of its own.
-        root = value.clamp(min=1e-10 * float(value.max().clamp(min=1e-30))).rsqrt()
-        q, p, null = ((z - loc) @ vector * root for z in (self.q.z, self.p.z, self.null.z))
+        pooled = self.null.z if self.apart else torch.cat([self.p.z, self.null.z])
+        q, p, null = whitened(pooled, self.q.z, self.p.z, self.null.z)
         return q, p, null
 
     def moments(self) -> list[Measure]:
@@ -417,24 +420,23 @@ class _Samples:
         nulls = compare(self.null.z, white_null, *everything).tolist()
         return [_measure(interval, null) for interval, null in zip(found, nulls, strict=True)]
 
-    def points(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three samples whitened and cut down."""
+    def points(self, with_y: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """The three samples whitened and cut down, with the contexts beside them if asked for."""
         q, p, null = self.white()
+        if with_y and self.context is not None:
+            contexts = self.context, self.context[self.p.rows], self.context[self.null.rows]
+            q, p, null = (torch.cat(pair, -1) for pair in zip((q, p, null), contexts, strict=True))
         return q[self.rows(len(q))], p[self.rows(len(p))], null[self.rows(len(null))]
 
-    def mmd2(self) -> Measure:
+    def mmd2(self, kernel: Kernel = "rbf") -> Measure:
         q, p, null = self.points()
-        test = mmd_permutation(q, p, max(self.num_bootstrap, 100), self.seed)
-        interval = mmd_interval(q, p, self.num_bootstrap, self.seed)
-        reference = mmd_interval(null, p, 0, self.seed).value
+        test = mmd_permutation(q, p, max(self.num_bootstrap, 100), self.seed, kernel=kernel)
+        interval = mmd_interval(q, p, self.num_bootstrap, self.seed, kernel=kernel)
+        reference = mmd_interval(null, p, 0, self.seed, kernel=kernel).value
         return Measure(interval.value, interval.low, interval.high, reference, test.p_value)
 
     def c2st(self, with_y: bool = False) -> Measure:
-        q, p, null = self.points()
-        if with_y and self.context is not None:
-            q = torch.cat([q, self.context[self.rows(len(self.q.z))]], -1)
-            p = torch.cat([p, self.context[self.p.rows[self.rows(len(self.p.z))]]], -1)
-            null = torch.cat([null, self.context[self.null.rows[self.rows(len(self.null.z))]]], -1)
+        q, p, null = self.points(with_y)
         test: C2ST = classifier_two_sample(q, p, self.seed)
         reach = 1.96 * test.standard_error if self.num_bootstrap else math.nan
         reference = classifier_two_sample(null, p, self.seed).accuracy
@@ -447,6 +449,11 @@ class _Samples:
             return (other[j] < own[i].quantile(_TAIL)).double().mean()
 
         return _measure(self.bootstrap(statistic, len(own), len(other), least=0.0)[0], _TAIL)
+
+
+def is_saturated(information: float, limit: float) -> bool:
+    """Whether a mixture of posteriors, ``limit`` the logarithm of their number, hides what there is."""
+    return information > _SATURATED * limit or limit < math.log(10)
 
 
 def _means(samples: _Samples, *columns: Tensor) -> list[Measure]:

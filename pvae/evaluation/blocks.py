@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "PASS_ROWS", "block_of", "block_seed", "rows_per_pass"]
+__all__ = ["BLOCK", "BLOCK_NUMBERS", "PASS_ROWS", "block_of", "block_seed", "rows_per_pass"]
 
 # Data whose draws come from one seeding. Fixed, as the draws depend on it.
 BLOCK = 32
+# Most latent numbers drawn in one block (64 MiB of floats); a larger latent has smaller blocks.
+BLOCK_NUMBERS = 2**24
 # Numbers of x in one pass of the decoder: 1,000 to 5,000 rows of 784 are fastest on a CPU.
 _PASS_NUMBERS = {"cpu": 2**21, "gpu": 2**25}
 PASS_ROWS = {"cpu": 4096, "gpu": 2**16}

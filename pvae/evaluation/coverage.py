@@ -14,7 +14,7 @@ from pvae.inference.program import Program
 
 from .alignment import Measure, _groups
 from .interval import bootstrap_intervals
-from .latents import draw_posterior, draw_prior, latent_names, log_aggregate
+from .latents import draw_posterior, draw_prior, latent_names, log_aggregate, log_aggregate_within
 from .two_sample import _indicator, _mmd2, _points
 from .weights import held_out
 
@@ -156,20 +156,14 @@ def prior_coverage(
         p = draw_prior(model, x, y, names, num_prior, seed + 2)
         null = draw_prior(model, x, y, names, len(x), seed + 3)
         group = _groups(y, len(x))
-        own, others = q.log_p.new_empty(len(x)), q.log_p.new_empty(len(x))
+        own, others = log_aggregate_within(guide, q.values, x, y, group)
         free = p.log_p.new_empty(num_prior)
         for number in group.unique().tolist():
             members, prior_rows = (group == number).nonzero()[:, 0], (group[p.rows] == number).nonzero()[:, 0]
             rows, draws = members.to(device), prior_rows.to(device)
-            context = None if y is None else y[rows]
-            values = {name: value[rows] for name, value in q.values.items()}
-            within = torch.zeros(len(members), dtype=torch.int64)
-            if len(members) > 1:
-                own[members], others[members] = log_aggregate(guide, values, x[rows], context, within)
-            else:
-                own[members], others[members] = log_aggregate(guide, values, x[rows], context)[0], math.nan
             if len(prior_rows):
                 values = {name: value[draws] for name, value in p.values.items()}
+                context = None if y is None else y[rows]
                 free[prior_rows] = log_aggregate(guide, values, x[rows], context)[0]
     alone = bool(others.isnan().any())
     return PriorCoverage(

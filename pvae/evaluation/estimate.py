@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .pareto import khat_threshold
+from .pareto import khat_share, khat_threshold
 
 __all__ = ["LikelihoodEstimate"]
 
@@ -79,8 +79,7 @@ class LikelihoodEstimate:
     @property
     def khat_share(self) -> float:
         """Share of data whose k-hat is above the threshold; NaN where no k-hat could be had."""
-        known = self.pareto_k[~self.pareto_k.isnan()]
-        return float((known > self.khat_threshold).double().mean()) if len(known) else math.nan
+        return khat_share(self.pareto_k, self.num_particles)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists that JSON can hold (no k-hat is ``None``)."""
@@ -116,7 +115,7 @@ class LikelihoodEstimate:
             f"log p(x{given}) >= {self.mean:.2f} ± {self.standard_error:.2f} nats"
             f" (IWAE-{self.num_particles} on {len(self.log_prob)} data{drawn}, Monte-Carlo error"
             f" {self.monte_carlo_error:.3f}; ELBO {self.elbo:.2f})",
-            self._khat_sentence(),
+            self.khat_sentence,
         ]
         if self.protocol is not None:
             name, digest = self.protocol.get("name", "?"), self.protocol.get("hash", "?")
@@ -129,13 +128,18 @@ class LikelihoodEstimate:
             return {}
         return {"num_steps": self.num_steps, "calibrated": self.calibrated}
 
-    def _khat_sentence(self) -> str:
+    @property
+    def khat_sentence(self) -> str:
+        """For how many data k-hat is too high, and the remedy."""
         share = self.khat_share
         if math.isnan(share):
             return "k-hat needs 30 particles or more"
         sentence = f"k-hat > {self.khat_threshold:.2f} for {100 * share:.1f} %"
         if share > 0.05:
-            sentence += " (the estimate is low there: more particles or a wider guide)"
+            sentence += (
+                " (the estimate is low there: more particles, a wider guide, DefensiveGuide or"
+                " annealed_likelihood)"
+            )
         return sentence
 
 

@@ -1,5 +1,6 @@
 r"""What prior, posterior and bound say of each datum: scores that tell familiar data from strange ones."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from pvae.inference.progress import Reporter, reporting
 
 from .latents import _call, _mean, _total, _wide, latent_names
 from .likelihood import log_likelihood
+from .pareto import khat_share
 from .weights import exact, held_out
 
 __all__ = ["LatentScores", "best_labels", "latent_scores"]
@@ -35,6 +37,8 @@ class LatentScores:
         entropy: :math:`H(q(z|x))`.
         elbo: Evidence lower bound.
         log_prob: Importance-weighted bound on log p(x), where it was asked for.
+        pareto_k: k-hat of its weights (:func:`pareto_khat`).
+        ess: Effective sample size of its weights, between 1 and ``num_particles``.
         closed_form: Which of ``"kl"`` and ``"entropy"`` are in closed form; the others, and what is made of
             them, are averages over draws.
         num_samples: Draws from q behind each average.
@@ -57,6 +61,8 @@ class LatentScores:
     seed: int
     protocol: dict[str, Any] | None = None
     conditional: bool = False
+    pareto_k: Tensor | None = None
+    ess: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.elbo)
@@ -66,9 +72,18 @@ class LatentScores:
         found = {name: getattr(self, name) for name in _COLUMNS}
         return {name: column for name, column in found.items() if column is not None}
 
+    @property
+    def khat_share(self) -> float:
+        """Share of data whose bound has a k-hat too high; NaN without a bound or with too few particles."""
+        if self.pareto_k is None or self.num_particles is None:
+            return math.nan
+        return khat_share(self.pareto_k, self.num_particles)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists that JSON can hold."""
+        share = self.khat_share
         return {
+            "khat_share": share if math.isfinite(share) else None,
             "means": {name: float(column.mean()) for name, column in self.columns().items()},
             "closed_form": list(self.closed_form),
             "num_data": len(self),
@@ -152,16 +167,18 @@ def latent_scores(
     if num_particles is not None:
         bound = log_likelihood(
             model, guide, split, split_y, num_particles=num_particles, seed=seed, progress=progress
-        ).log_prob
+        )
     return LatentScores(
         **columns,
-        log_prob=bound,
+        log_prob=None if bound is None else bound.log_prob,
         closed_form=tuple(sorted(closed)),
         num_samples=num_samples,
         num_particles=num_particles,
         seed=seed,
         protocol=protocol,
         conditional=y is not None,
+        pareto_k=None if bound is None else bound.pareto_k,
+        ess=None if bound is None else bound.ess,
     )
 
 

@@ -14,7 +14,17 @@ from pvae.inference.program import Program, Site, SiteRecorder, particle_plate
 from .features import FeatureExtractor
 from .weights import draw, exact, log_weights
 
-__all__ = ["Posterior", "Prior", "draw_posterior", "draw_prior", "latent_names", "log_aggregate", "means"]
+__all__ = [
+    "Posterior",
+    "Prior",
+    "draw_posterior",
+    "draw_prior",
+    "latent_names",
+    "log_aggregate",
+    "log_aggregate_within",
+    "means",
+    "shared_latents",
+]
 
 _ROWS = 500  # data in one pass; fixed, so that draws do not depend on memory
 _NUMBERS = 2**22  # latent numbers in one pass of the aggregate posterior
@@ -26,7 +36,7 @@ class Prior:
 
     Attributes:
         z: Latents, all sites side by side, shape ``(M, d)``.
-        log_p: Their log-density in nats, shape ``(M,)``.
+        log_p: Their log-density in nats, shape ``(M,)``; NaN where the prior has none.
         values: The draws site by site, on the device, shape ``(M, *event_shape)``.
         features: Features of the means of p(x | z), shape ``(M, F)``, where asked for.
         rows: The datum whose context each draw was made for, shape ``(M,)``.
@@ -46,7 +56,7 @@ class Posterior:
     Attributes:
         z: Latents, all sites side by side, shape ``(N, d)``.
         log_q: Their log-density under the guide in nats, shape ``(N,)``.
-        log_p: Under the prior.
+        log_p: Under the prior; NaN where it has none.
         log_x: Log-likelihood of the datum given them.
         square_error: Squared distance of the mean of p(x | z) from x, mean over the numbers of x, in squared
             units of x, shape ``(N,)``; NaN where the distribution has no mean.
@@ -76,6 +86,28 @@ def latent_names(model: Program, guide: Program, x: Tensor, y: Tensor | None) ->
     return tuple(name for name, site in sites.items() if not (site.observed or site.is_factor))
 
 
+def shared_latents(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> tuple[str, ...]:
+    """Name the latent sites of both programs in the model's order, whose prior need not have a density.
+
+    Raises:
+        ValueError: If the programs have different latents, or the guide has no exact density.
+    """
+    two = slice(0, 2)
+    with pyro.validation_enabled(True):
+        found = [
+            tuple(name for name, site in sites.items() if not (site.observed or site.is_factor))
+            for sites in (
+                _run(model, x[two], _part(y, two)),
+                _run(guide, x[two], _part(y, two), replace=exact),
+            )
+        ]
+    if set(found[0]) != set(found[1]):
+        raise ValueError(
+            f"model and guide must have the same latents, got {set(found[0])} and {set(found[1])}"
+        )
+    return found[0]
+
+
 def draw_prior(
     model: Program,
     x: Tensor,
@@ -93,7 +125,7 @@ def draw_prior(
         where = part.to(x.device)
         sites = _run(model, x[where], None if y is None else y[where])
         values.append({name: sites[name].value for name in names})
-        log_p.append(_total(sites[name].log_prob() for name in names))
+        log_p.append(_log_prior(sites, names, len(part)))
         if features is not None:
             found.append(_wide(features(sites["x"].fn.mean)))
     joined = {name: torch.cat([v[name] for v in values]) for name in names}
@@ -115,7 +147,7 @@ def draw_posterior(
         columns.append(
             (
                 _total(q[name].log_prob() for name in names),
-                _total(p[name].log_prob() for name in names),
+                _log_prior(p, names, len(x_part)),
                 _total(s.log_prob() for s in p.values() if s.observed and not s.is_factor),
                 _square_error(p["x"]),
             )
@@ -198,6 +230,37 @@ def log_aggregate(
     return within - members.log(), others - math.log(num_data - 1)
 
 
+def log_aggregate_within(
+    guide: Program, values: dict[str, Tensor], x: Tensor, y: Tensor | None, group: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-density of each datum's latents under the mixture of the posteriors of its group, in nats.
+
+    Args:
+        guide: The guide program.
+        values: Latents of the data by site, shape ``(N, *event_shape)``.
+        x: The data, shape ``(N, *x_shape)``.
+        y: Their contexts.
+        group: A number for each datum, shape ``(N,)``.
+
+    Returns:
+        The density under all posteriors of the group, and under all but the datum's own: NaN for a datum that
+        is alone. Shapes ``(N,)``.
+    """
+    own = torch.empty(len(x), dtype=torch.float64)
+    others = torch.full_like(own, math.nan)
+    for number in group.unique().tolist():
+        members = (group == number).nonzero()[:, 0]
+        rows = members.to(x.device)
+        part = {name: value[rows] for name, value in values.items()}
+        data, context = x[rows], None if y is None else y[rows]
+        if len(members) > 1:
+            within = torch.zeros(len(members), dtype=torch.int64)
+            own[members], others[members] = log_aggregate(guide, part, data, context, within)
+        else:
+            own[members] = log_aggregate(guide, part, data, context)[0]
+    return own, others
+
+
 def _call(program: Program, x: Tensor, y: Tensor | None) -> Any:
     return program(x) if y is None else program(x, y)
 
@@ -240,6 +303,14 @@ def _total(terms: Iterator[Tensor]) -> Tensor:
     """Add up log-probabilities site by site, in double precision."""
     first, *rest = map(_wide, terms)
     return sum(rest, first)
+
+
+def _log_prior(sites: dict[str, Site], names: Sequence[str], size: int) -> Tensor:
+    """Log-density of the latents of ``size`` data, NaN where the prior can only be drawn from."""
+    try:
+        return _total(sites[name].log_prob() for name in names)
+    except NotImplementedError:
+        return torch.full((size,), math.nan, dtype=torch.float64)
 
 
 def _mean(site: Site) -> Tensor:

@@ -11,15 +11,12 @@ from pvae.inference.isolation import device_of, evaluating
 from pvae.inference.program import Program, SiteRecorder
 from pvae.inference.progress import reporting
 
-from .blocks import BLOCK, block_of, block_seed, rows_per_pass
+from .blocks import BLOCK, BLOCK_NUMBERS, block_of, block_seed, rows_per_pass
 from .estimate import LikelihoodEstimate
 from .pareto import pareto_khat
 from .weights import chain_of, draw, has_estimates, held_out, log_weights
 
 __all__ = ["log_likelihood"]
-
-# Most latent numbers drawn in one block (64 MiB of floats); a larger latent has smaller blocks.
-_BLOCK_NUMBERS = 2**24
 
 
 def log_likelihood(
@@ -88,7 +85,7 @@ def log_likelihood(
         x = x.to(device)
         y = None if y is None else y.to(device)
         size, noisy, steps = _latents(model, guide, x, y)
-        block = min(BLOCK, max(1, _BLOCK_NUMBERS // (num_particles * size)))
+        block = min(BLOCK, max(1, BLOCK_NUMBERS // (num_particles * size)))
         # The noise of an estimated density must not depend on the batch: it is drawn for a block at a time.
         blocks = 1 if noisy else max(1, (batch_size or BLOCK) // block)
         rows = rows_per_pass(x)

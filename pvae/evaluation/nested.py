@@ -20,6 +20,8 @@ from pvae.inference.progress import reporting
 from pvae.priors import DiffusionPrior
 
 from .blocks import BLOCK, block_of, block_seed, rows_per_pass
+from .likelihood import _summary
+from .pareto import khat_share
 from .weights import draw, exact, held_out, log_weights
 
 __all__ = ["NestedEstimate", "nested_likelihood"]
@@ -44,6 +46,9 @@ class NestedEstimate:
         protocol: What was scored (data set, split, binarisation, hash), if known.
         conditional: Whether the density is that of x given its label, log p(x | y).
         proposal: Name of the proposal that the latents were drawn from, where the guide has one.
+        pareto_k: Tail index of the weights within the logarithm, of the worst draw of u of each datum, shape
+            ``(N,)``; see :func:`pareto_khat`. NaN with fewer than 30 particles.
+        ess: Effective sample size of the same weights, of the worst draw of u, shape ``(N,)``.
     """
 
     log_prob: Tensor
@@ -58,6 +63,13 @@ class NestedEstimate:
     protocol: dict[str, Any] | None = None
     conditional: bool = False
     proposal: str | None = None
+    pareto_k: Tensor | None = None
+    ess: Tensor | None = None
+
+    @property
+    def khat_share(self) -> float:
+        """Share of data whose k-hat is too high; NaN where no k-hat could be had."""
+        return math.nan if self.pareto_k is None else khat_share(self.pareto_k, self.num_particles)
 
     @property
     def mean(self) -> float:
@@ -105,6 +117,7 @@ class NestedEstimate:
             "elbo": self.elbo,
             "rate": self.rate,
             "kl": self.kl,
+            "khat_share": _finite(self.khat_share),
             "num_data": len(self.log_prob),
             "num_particles": self.num_particles,
             "num_draws": self.num_draws,
@@ -132,6 +145,10 @@ class NestedEstimate:
             f" (IWAE-{self.num_particles} given {u}, {draws} of {u}, continuous time, on"
             f" {len(self.log_prob)} data{drawn}{error}; ELBO {self.elbo:.2f}, rate of {u} {self.rate:.2f})"
         )
+        if self.khat_share > 0.05:
+            line += (
+                f"; k-hat too high for {100 * self.khat_share:.1f} % (the bound is low there: more particles)"
+            )
         if self.protocol is not None:
             line += f"; protocol {self.protocol.get('name', '?')} {self.protocol.get('hash', '?')}"
         return line
@@ -202,7 +219,9 @@ def nested_likelihood(
             raise ValueError(f"{name} must be positive, got {size}")
     x, y, protocol = held_out(model, x, y)
     device = device_of(model, guide)
+    rounding = 64 * torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps
     parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    evidence: list[tuple[Tensor, Tensor]] = []
     with (
         evaluating(model, guide),
         _bounding(model, num_times),
@@ -241,6 +260,9 @@ def nested_likelihood(
             rate = torch.stack([kl[name] for name in outer]).sum(0)
             bounds, elbos = inner.logsumexp(1) - math.log(num_particles) - rate, inner.mean(1) - rate
             _check_numbers(bounds, start)
+            found = [_summary(log_w_u.T, rounding, start)[2:4] for log_w_u in inner]
+            khat, ess = (torch.stack(column) for column in zip(*found, strict=True))
+            evidence.append((khat.amax(0), ess.amin(0)))
             parts.append((bounds, elbos.mean(0), {name: ratio.mean(0) for name, ratio in kl.items()}))
             report(part.stop)
     bounds = torch.cat([bound for bound, _, _ in parts], 1)
@@ -258,6 +280,8 @@ def nested_likelihood(
         protocol,
         conditional=y is not None,
         proposal=getattr(guide, "proposal_name", None),
+        pareto_k=torch.cat([khat for khat, _ in evidence]),
+        ess=torch.cat([ess for _, ess in evidence]),
     )
 
 

@@ -6,7 +6,7 @@ single data can be told apart.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ _DELTAS = {
     "log_prob": "delta log p(x)",
 }
 _LEAST = 2
+_HIGH = 0.05
 
 
 @dataclass(frozen=True)
@@ -156,19 +157,10 @@ class OODReport:
             f"{len(self.inside)} data inside, {len(self.outside)} outside; calibrated on {self.calibration}, "
             f"false alarms counted on {len(test.p_inside)} other data."
         ]
-        broken = [LABELS[name] for name, found in self.detectors.items() if _broken(found.conformal)]
-        if broken:
-            said.append(
-                f"(!) more false alarms than chance explains, for {', '.join(broken)}: calibration data and "
-                "test data differ."
-            )
-        if any(level.alpha * (test.num_calibration + 1) < 1 for level in test.levels):
-            said.append(
-                f"No p-value is below 1/{test.num_calibration + 1}: more calibration data are needed for the "
-                "smallest level."
-            )
+        said += conformal_notes({LABELS[name]: found.conformal for name, found in self.detectors.items()})
         if self.best_labels:
             said.append("Every datum, inside or outside, has the label of highest ELBO, not its own.")
+        said += khat_notes(self.inside.khat_share, self.outside.khat_share)
         for name, found in self.detectors.items():
             if found.conformal.fdr is not None:
                 said.append(
@@ -311,20 +303,82 @@ def compare_scores(
         if name not in inside.columns():
             continue
         here, there = inside.columns()[name], outside.columns()[name]
-        sign = _SIGNS.get(name, -1.0)
         if calibration is None:
             known, checked = here[order[:half]], here[order[half:]]
         else:
             known, checked = calibration.columns()[name], here
-        detectors[name] = Detector(
-            name,
-            auroc_interval(sign * here, sign * there, num_bootstrap=num_bootstrap, seed=seed),
-            float(there.mean() - here.mean()),
-            math.hypot(*(float(column.std()) / math.sqrt(len(column)) for column in (here, there))),
-            conformal_test(sign * known, sign * checked, sign * there, levels=levels, fdr=fdr),
+        sign = _SIGNS.get(name, -1.0)
+        samples = known, checked, here, there
+        detectors[name] = detector_of(
+            name, *samples, sign=sign, num_bootstrap=num_bootstrap, levels=levels, fdr=fdr, seed=seed
         )
     words = f"{half} of the inside data" if calibration is None else _words(calibration)
     return OODReport(detectors, inside, outside, words, labelled)
+
+
+def detector_of(
+    name: str,
+    known: Tensor,
+    checked: Tensor,
+    here: Tensor,
+    there: Tensor,
+    *,
+    sign: float,
+    num_bootstrap: int,
+    levels: Sequence[float],
+    fdr: float | None,
+    seed: int,
+) -> Detector:
+    """Say what a score makes of inside data ``here`` and outside data ``there``.
+
+    Args:
+        name: Name of the score.
+        known: Scores of inside data that the conformal test is calibrated on.
+        checked: Scores of other inside data, on which its false alarms are counted.
+        here: Scores of inside data.
+        there: Scores of outside data.
+        sign: 1 for a score that is larger for stranger data, else -1.
+        num_bootstrap: As in :func:`ood_report`.
+        levels: As in :func:`ood_report`.
+        fdr: As in :func:`ood_report`.
+        seed: Seed of the resamples.
+    """
+    return Detector(
+        name,
+        auroc_interval(sign * here, sign * there, num_bootstrap=num_bootstrap, seed=seed),
+        float(there.mean() - here.mean()),
+        math.hypot(*(float(column.std()) / math.sqrt(len(column)) for column in (here, there))),
+        conformal_test(sign * known, sign * checked, sign * there, levels=levels, fdr=fdr),
+    )
+
+
+def conformal_notes(tests: Mapping[str, ConformalTest]) -> list[str]:
+    """What a reader of conformal tests should know, one sentence each."""
+    said = []
+    broken = [name for name, test in tests.items() if not all(level.holds for level in test.levels)]
+    if broken:
+        said.append(
+            f"(!) more false alarms than chance explains, for {', '.join(broken)}: calibration data and "
+            "test data differ."
+        )
+    test = next(iter(tests.values()))
+    if any(level.alpha * (test.num_calibration + 1) < 1 for level in test.levels):
+        said.append(
+            f"No p-value is below 1/{test.num_calibration + 1}: more calibration data are needed for the "
+            "smallest level."
+        )
+    return said
+
+
+def khat_notes(inside: float, outside: float) -> list[str]:
+    """What high k-hats of log p(x) mean for a score made of it, where a share of more than 5 % is high."""
+    if not (inside > _HIGH or outside > _HIGH):
+        return []
+    return [
+        f"k-hat of log p(x) is high for {100 * inside:.1f} % of the inside and {100 * outside:.1f} % of the "
+        "outside data: the bound is low there, so that it scores how well the guide knows a datum too; more "
+        "particles make it less so."
+    ]
 
 
 def label_candidates(y: Tensor, num: int = 64) -> Tensor:
@@ -341,10 +395,6 @@ def label_candidates(y: Tensor, num: int = 64) -> Tensor:
 def _words(calibration: LatentScores) -> str:
     part = (calibration.protocol or {}).get("part")
     return f"{len(calibration)} data" + (f" of the {part} part" if part else " of another sample")
-
-
-def _broken(test: ConformalTest) -> bool:
-    return not all(level.holds for level in test.levels)
 
 
 def _shape(name: str, sample: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["khat_threshold", "pareto_khat"]
+__all__ = ["khat_share", "khat_threshold", "pareto_khat"]
 
 Rows = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -23,6 +23,17 @@ def khat_threshold(num_particles: int) -> float:
     if num_particles < 1:
         raise ValueError(f"num_particles must be positive, got {num_particles}")
     return min(1 - 1 / math.log10(num_particles), 0.7) if num_particles > 10 else 0.0
+
+
+def khat_share(pareto_k: Tensor, num_particles: int) -> float:
+    """Share of k-hats above :func:`khat_threshold`; NaN where no k-hat could be had.
+
+    Args:
+        pareto_k: Any shape; those that are NaN do not count.
+        num_particles: Number of weights behind each.
+    """
+    known = pareto_k[~pareto_k.isnan()]
+    return float((known > khat_threshold(num_particles)).double().mean()) if len(known) else math.nan
 
 
 def pareto_khat(log_w: Tensor, rounding: float = 1e-9) -> Tensor:

@@ -109,3 +109,32 @@ def test_bad_arguments_are_named() -> None:
 def _silent(guide: LinearGuide) -> LinearGuide:
     torch.nn.init.zeros_(guide.encoder.weight)
     return guide
+
+
+def test_intervals_cover_the_variance_and_say_where_they_leave_a_doubt(float64: None) -> None:
+    scale = torch.tensor([1.0, 0.1, 0.01])
+    covered = []
+    for seed in range(60):
+        found = active_units(Latent(), Encoding(), draws(150, 3, seed=seed) * scale, num_draws=1, seed=seed)
+        assert found.reach is not None
+        low, high = found.reach.T
+        assert bool(((low <= found.variance) & (found.variance <= high)).all())
+        covered.append((low <= scale**2) & (scale**2 <= high))
+        assert found.count_reach is not None
+        sure, perhaps = found.count_reach
+        assert sure <= found.count <= perhaps
+    share = torch.stack(covered).double().mean()
+    assert 0.86 < share < 0.99
+    # The second unit's variance is the threshold itself.
+    assert found.count_reach == (1, 2)
+    assert "1 to 2 by its intervals" in str(found)
+    record = found.to_dict()
+    assert record["active_units_reach"] == (1, 2)
+    assert found.by_site["z"].count_reach == (1, 2)
+    bare = active_units(Latent(), Encoding(), draws(50, 3), num_bootstrap=0)
+    assert bare.reach is None
+    assert bare.count_reach is None
+    assert bare.relative_count_reach is None
+    assert "intervals" not in str(bare)
+    with pytest.raises(ValueError, match="num_bootstrap must not be negative, got -1"):
+        active_units(Latent(), Encoding(), draws(50, 3), num_bootstrap=-1)

@@ -238,3 +238,17 @@ def test_bad_arguments_are_refused(float64: None) -> None:
 
     with pytest.raises(ValueError, match="has only a surrogate density"):
         latent_scores(Latent(), point, x)
+
+
+def test_the_bound_brings_the_evidence_of_its_weights(float64: None) -> None:
+    x = draws(12, 3)
+    found = latent_scores(Latent(), Encoding(0.2, 0.0, 0.1), x, num_particles=60, seed=2)
+    bound = pvae.log_likelihood(Latent(), Encoding(0.2, 0.0, 0.1), x, num_particles=60, seed=2)
+    assert found.pareto_k is not None
+    assert found.ess is not None
+    assert torch.equal(found.pareto_k, bound.pareto_k)
+    assert torch.equal(found.ess, bound.ess)
+    assert found.khat_share == bound.khat_share == found.to_dict()["khat_share"]
+    bare = latent_scores(Latent(), Encoding(), x)
+    assert math.isnan(bare.khat_share)
+    assert bare.to_dict()["khat_share"] is None

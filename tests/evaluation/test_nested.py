@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -423,3 +424,21 @@ def test_bad_sizes_are_named(name: Any) -> None:
     sizes: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
         nested_likelihood(Model(), Guide(), data(4), **sizes)
+
+
+def test_the_worst_draw_of_u_carries_the_evidence_of_its_weights() -> None:
+    model, guide = Model(), Guide()
+    torch.manual_seed(0)
+    x = torch.randn(5, SIZE)
+    found = nested_likelihood(model, guide, x, num_particles=40, num_draws=3)
+    assert found.pareto_k is not None
+    assert found.ess is not None
+    assert found.ess.shape == found.pareto_k.shape == (5,)
+    assert bool(((found.ess >= 1) & (found.ess <= 40 + 1e-9)).all())
+    assert found.to_dict()["khat_share"] == found.khat_share
+    few = nested_likelihood(model, guide, x, num_particles=4)
+    assert few.to_dict()["khat_share"] is None
+    assert "k-hat" not in str(few)
+    bad = replace(found, pareto_k=torch.tensor([2.0, 0.1, 0.1, 0.1, math.nan]))
+    assert bad.khat_share == 0.25
+    assert "k-hat too high for 25.0 % (the bound is low there: more particles)" in str(bad)

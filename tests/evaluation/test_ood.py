@@ -196,3 +196,12 @@ def test_bad_arguments_are_refused(float64: None) -> None:
         compare_scores(one, two)
     with pytest.raises(ValueError, match="num_bootstrap must not be negative"):
         compare_scores(one, one, num_bootstrap=-1)
+
+
+def test_high_k_hats_of_the_bound_are_said(float64: None) -> None:
+    guide = Encoding(0.1, 0.0, 0.05)
+    found = ood_report(Latent(), guide, draws(40, 3), draws(20, 3), num_particles=60, num_bootstrap=0)
+    assert found.inside.khat_share > 0.5
+    assert any(note.startswith("k-hat of log p(x) is high for") for note in found.notes())
+    without = ood_report(Latent(), guide, draws(40, 3), draws(20, 3), num_bootstrap=0)
+    assert not any("k-hat" in note for note in without.notes())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pvae.evaluation import khat_threshold, pareto_khat
+from pvae.evaluation import khat_share, khat_threshold, pareto_khat
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
@@ -60,3 +60,10 @@ def test_the_threshold_is_that_of_the_paper() -> None:
 def test_a_vector_is_refused() -> None:
     with pytest.raises(ValueError, match=r"log_w must have shape \(N, K\)"):
         pareto_khat(torch.zeros(5))
+
+
+def test_the_share_counts_what_is_known() -> None:
+    k = torch.tensor([0.1, 0.69, 0.71, math.nan, -math.inf])
+    assert khat_share(k, 10_000) == 0.25
+    assert khat_share(k, 100) == 0.5  # a threshold of 0.5
+    assert math.isnan(khat_share(k[3:4], 100))

@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import scipy.stats
 import torch
 from torch import Tensor
 
 from pvae.evaluation import (
-    C2ST,
-    classifier_two_sample,
     gaussian_w2,
     mmd2,
     mmd_interval,
     mmd_permutation,
 )
+from pvae.evaluation.two_sample import Kernel
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -68,6 +68,37 @@ def test_mmd_has_mean_zero_without_a_difference_and_grows_with_one() -> None:
     assert 0.2 < float((values < 0).double().mean()) < 0.8
     a, b = normal(400, 2), normal(400, 2, seed=1)
     assert mmd2(a, b + 0.5) > mmd2(a, b + 0.25) > mmd2(a, b) + 1e-3
+
+
+def test_mmd_of_two_normals_is_the_closed_form() -> None:
+    a, b = normal(900, 3), 0.7 + 1.4 * normal(800, 3, seed=1)
+    points = torch.cat([a, b])
+    width = float(torch.pdist(points).square().median())
+
+    def kernel(shift: float, variance: float) -> float:
+        """E exp(-|s - t|^2 / (2 h)) for s - t of N(shift, variance I)."""
+        wide = width + variance
+        return float((width / wide) ** 1.5 * math.exp(-3 * shift**2 / (2 * wide)))
+
+    exact = kernel(0, 2) + kernel(0, 2 * 1.96) - 2 * kernel(0.7, 1 + 1.96)
+    interval = mmd_interval(a, b, scales=(1.0,))
+    assert interval.low < exact < interval.high
+    assert interval.value == pytest.approx(exact, rel=0.15)
+
+
+@pytest.mark.parametrize("kernel", ["laplace", "imq"])
+def test_other_kernels_are_what_they_are_said_to_be(kernel: Kernel) -> None:
+    a, b = normal(7, 2), 1 + normal(6, 2, seed=1)
+    points = torch.cat([a, b]).numpy()
+    square = scipy.spatial.distance.cdist(points, points, "sqeuclidean")
+    width = np.sort(scipy.spatial.distance.pdist(points, "sqeuclidean"))[(13 * 12 // 2 - 1) // 2]
+    gram = np.exp(-np.sqrt(square / width)) if kernel == "laplace" else (1 + square / width) ** -0.5
+    np.fill_diagonal(gram, 0)
+    cross = gram[:7, 7:].mean()
+    expected = gram[:7, :7].sum() / 42 + gram[7:, 7:].sum() / 30 - 2 * cross
+    assert mmd2(a, b, scales=(1.0,), kernel=kernel) == pytest.approx(expected, rel=1e-10)
+    assert mmd_permutation(a, b, 10, scales=(1.0,), kernel=kernel).mmd2 == pytest.approx(expected, rel=1e-9)
+    assert mmd_interval(a, b, 0, scales=(1.0,), kernel=kernel).value == pytest.approx(expected, rel=1e-9)
 
 
 def test_mmd_does_not_feel_a_common_shift_or_scale() -> None:
@@ -122,45 +153,16 @@ def test_resampling_pairs_no_point_with_its_copy() -> None:
     assert abs(interval.low + interval.high - 2 * interval.value) < interval.high - interval.low
 
 
-def test_a_classifier_is_at_chance_without_a_difference() -> None:
-    test = classifier_two_sample(normal(1000, 3), normal(1000, 3, seed=1))
-    assert abs(test.accuracy - 0.5) < 0.05
-    assert test.num_points == 2000
-
-
-def test_a_classifier_finds_what_can_be_found() -> None:
-    a, b = normal(800, 2), normal(800, 2, seed=1)
-    # Two unit normals, 2 apart: the best rule is right with probability Phi(1).
-    shifted = classifier_two_sample(a, b + torch.tensor([2.0, 0.0]))
-    assert shifted.accuracy == pytest.approx(scipy.stats.norm.cdf(1), abs=4 * shifted.standard_error)
-    # No moment of single coordinates differs here, only their correlation.
-    twisted = torch.stack([b[:, 0], 0.95 * b[:, 0] + math.sqrt(1 - 0.95**2) * b[:, 1]], -1)
-    assert classifier_two_sample(a, twisted).accuracy > 0.7
-    assert classifier_two_sample(1e5 + a, 1e5 + b + 50).accuracy == 1.0
-
-
-def test_a_larger_sample_is_cut_to_the_smaller() -> None:
-    test = classifier_two_sample(normal(900, 2), normal(100, 2, seed=1))
-    assert test.num_points == 200
-    assert abs(test.accuracy - 0.5) < 0.15  # 0.9 for whoever guesses the larger
-
-
 def test_two_sample_tests_follow_their_seed_and_no_other() -> None:
     a, b = normal(60, 2), normal(60, 2, seed=1)
     np.random.seed(0)  # noqa: NPY002
     state: Any = np.random.get_state()  # noqa: NPY002
-    first = classifier_two_sample(a, b, seed=1), mmd_permutation(a, b, 20, seed=1).null
+    first = mmd_permutation(a, b, 20, seed=1).null
     torch.randn(3)
-    again = classifier_two_sample(a, b, seed=1), mmd_permutation(a, b, 20, seed=1).null
-    assert first[0] == again[0]
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[1], mmd_permutation(a, b, 20, seed=2).null)
+    assert torch.equal(first, mmd_permutation(a, b, 20, seed=1).null)
+    assert not torch.equal(first, mmd_permutation(a, b, 20, seed=2).null)
     after: Any = np.random.get_state()  # noqa: NPY002
     assert after[1].tolist() == state[1].tolist()
-
-
-def test_the_standard_error_is_binomial() -> None:
-    assert C2ST(0.6, 400).standard_error == pytest.approx(scipy.stats.binom(400, 0.6).std() / 400)
 
 
 def test_w2_of_samples_is_that_of_their_moments() -> None:
@@ -196,8 +198,7 @@ def test_w2_has_its_closed_form_for_shifts_and_scales() -> None:
             lambda: mmd_permutation(torch.zeros(3, 2), torch.zeros(3, 2), 0),
             "num_permutations must be positive",
         ),
-        (lambda: classifier_two_sample(torch.zeros(4, 2), torch.zeros(9, 2)), "N at least 5"),
-        (lambda: classifier_two_sample(torch.zeros(9, 2), torch.zeros(9, 2), folds=1), "folds must be"),
+        (lambda: mmd2(torch.zeros(3, 2), torch.zeros(3, 2), kernel="cubic"), "kernel must be one of rbf"),  # type: ignore[arg-type]
         (lambda: gaussian_w2(torch.zeros(2, 2), torch.zeros(1, 2)), "b must have shape"),
     ],
 )

@@ -310,7 +310,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    """What a diagnosis says of the latents."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--only", "latents"])
     assert result.exit_code == 0, result.output
     return result.stdout
 

@@ -45,7 +45,6 @@ from pvae.experiments.reproduce.ledger import locked
 from pvae.experiments.reproduce.measures import posterior, reconstructions
 from pvae.experiments.reproduce.runner import _work
 from pvae.experiments.reproduce.tables import Column, by_protocol, differences, interval, table
-from pvae.experiments.reproduce.x_vae import _whitened
 from pvae.experiments.runs import RunError
 from pvae.experiments.spec import Spec, load_spec
 from pvae.inference import NonFiniteLoss
@@ -603,17 +602,6 @@ def test_rare_pairs_are_asked_for_and_looked_for() -> None:
     assert _rare(real, y, lambda rows: rows * torch.tensor([0.0, 1.0, 1.0])) == 0.5
     assert _rare(SimpleNamespace(rare=()), y, lambda rows: rows) is None  # type: ignore[arg-type]
     assert not y.any()
-
-
-def test_whitened_codes_have_the_priors_moments() -> None:
-    torch.manual_seed(0)
-    map_ = torch.randn(3, 3)
-    codes, prior, null = (torch.randn(4000, 3) @ map_ + 5.0 for _ in range(3))
-    white = _whitened(codes, prior, null)
-    pooled = torch.cat(white[1:])
-    assert torch.allclose(pooled.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(torch.cov(pooled.T), torch.eye(3, dtype=torch.float64), atol=1e-9)
-    assert torch.allclose(torch.cov(white[0].T), torch.eye(3, dtype=torch.float64), atol=0.1)
 
 
 def test_an_interrupted_command_says_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
