@@ -106,17 +106,19 @@ def begin(
     keys = spec.align
     if keys is None:
         return None
+    found = folder.density.is_file()
     try:
         target = (
             DensityTarget.load(folder.density)
-            if folder.density.is_file()
+            if found
             else estimate(keys, data, os.environ.get("PVAE_CACHE"), progress)
         )
-        if not folder.density.is_file():
+        if not found:
             target.save(folder.density)
         pair = aligned(spec, program, data, target, device)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"[align] {' '.join(str(error).split())}") from error
+        way_out = f" (move {folder.density} away to have it estimated again)" if found else ""
+        raise SpecError(f"[align] {' '.join(str(error).split())}{way_out}") from error
     return Alignment(pair, _log_prior(program, data, _rows(data)), folder, data)
 
 
@@ -193,9 +195,23 @@ def estimate(
         )
 
 
-def density_of_run(folder: RunFolder) -> DensityTarget | None:
-    """Return the density that a run was aligned with, if it was."""
-    return DensityTarget.load(folder.density) if folder.density.is_file() else None
+def density_of_run(run: OpenRun) -> DensityTarget | None:
+    """Return the density that a run was aligned with, if it was.
+
+    Raises:
+        RunError: If its file is missing or damaged.
+    """
+    if run.spec.align is None:
+        return None
+    try:
+        return DensityTarget.load(run.folder.density)
+    except FileNotFoundError:
+        problem = f"{run.folder.density} is missing"
+    except (OSError, ValueError) as error:
+        problem = f"the density cannot be read, {error}"
+    raise RunError(
+        f"{problem}: once it is moved away, pvae train {run.folder.path} --resume estimates it again"
+    )
 
 
 def embedded(target: DensityTarget, data: Data, x: Tensor) -> Tensor:
@@ -230,12 +246,11 @@ def log_det_of_run(run: OpenRun, x: Tensor) -> Tensor:
         Nats, shape ``(M,)``, in double precision on the CPU.
 
     Raises:
-        RunError: If there is no flow or no density in the folder.
+        RunError: If there is no flow in the folder, or no sound density.
         pvae.inference.CheckpointError: If the flow is damaged.
-        ValueError: If the density is.
     """
     keys, folder = run.spec.align, run.folder
-    target = density_of_run(folder)
+    target = density_of_run(run)
     if keys is None or keys.kind != "flow" or target is None:
         raise RunError(f"the run in {folder.path} was not aligned through a flow")
     if not checkpoint.exists(folder.path, _FLOW):

@@ -2,10 +2,14 @@
 
 import functools
 import json
+import os
 import platform
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
@@ -16,8 +20,10 @@ import typer
 import pvae
 from pvae.data import Data, DataError, MissingData, names
 from pvae.evaluation import LikelihoodEstimate, NestedEstimate
-from pvae.inference import NonFiniteLoss
-from pvae.inference.checkpoint import CheckpointError, exists
+from pvae.files import Busy, WriteError
+from pvae.inference import NonFiniteLoss, PeerFailure, Team
+from pvae.inference.checkpoint import CheckpointError, CheckpointWarning, exists
+from pvae.inference.distributed import launched
 
 from .program import SpecError
 from .registry import PARTS, TABLES, nearest
@@ -36,6 +42,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# What several processes do together, as torchrun starts them.
+_TOGETHER = ("train", "evaluate")
+
 _P = ParamSpec("_P")
 
 _Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, a TOML file, or a run folder.")]
@@ -46,22 +55,41 @@ _RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 _DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data files (default $PVAE_DATA).")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 _Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of torch on the CPU (default: one for a small net).")
+    int | None, typer.Option(min=1, help="Threads of torch on the CPU (default: measured, kept by a run).")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def main() -> None:
     """Run the command line of this process."""
+    signal.signal(signal.SIGTERM, _interrupt)  # what is at work is ended in order, as by Ctrl-C
+    if launched() and os.environ["RANK"] != "0":
+        # One process prints results, and one what is wrong with the command line: any of them may fail later.
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  # until the process ends
+        warnings.simplefilter("ignore")
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
 
 
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def _fail(code: int, sentence: object) -> NoReturn:
-    typer.echo(f"pvae: {sentence}", err=True)
+    """End with a sentence, or, where another process has said one first, as that one does."""
+    code, first = Team.find().fail(code)
+    if first:
+        _speak()
+        typer.echo(f"pvae: {sentence}", err=True)
     raise typer.Exit(code)
+
+
+def _speak() -> None:
+    """Let a process print that otherwise leaves that to the first."""
+    if launched() and sys.__stderr__ is not None:
+        sys.stderr = sys.__stderr__
 
 
 def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
@@ -70,15 +98,58 @@ def _guarded(command: Callable[_P, None]) -> Callable[_P, None]:
     @functools.wraps(command)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
-        except (SpecError, DataError, RunError) as error:
+            team = _team(command.__name__)
+            with _told_at_once():
+                command(*args, **kwargs)
+            team.part()
+        except (SpecError, DataError, RunError, Busy) as error:
             _fail(_BAD_INPUT, error)
-        except (NonFiniteLoss, CheckpointError, OSError) as error:
+        except (NonFiniteLoss, CheckpointError, PeerFailure, OSError) as error:
             _fail(_FAILURE, error)
         except KeyboardInterrupt:
             _fail(_INTERRUPTED, "interrupted")
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if _lacks_memory(error):
+                _fail(_FAILURE, f"there is not enough memory: {' '.join(str(error).split())[:200]}")
+            code, first = Team.find().fail(_FAILURE)
+            if first:
+                _speak()
+                raise
+            raise typer.Exit(code) from None
 
     return run
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an error is that of an allocation: Python's, NumPy's, or one of torch's."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _team(command: str) -> Team:
+    """Join the other processes, where ``torchrun`` started several."""
+    if launched() and command not in _TOGETHER:
+        typer.echo(f"pvae: {command.strip('_')} runs in one process: start it without torchrun", err=True)
+        raise typer.Exit(_BAD_INPUT)
+    return Team.find()
+
+
+@contextmanager
+def _told_at_once() -> Iterator[None]:
+    """Print what was put right in a damaged run as the sentence that it is."""
+
+    def told(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, CheckpointWarning):
+            typer.echo(f"pvae: {message}", err=True)
+        else:
+            before(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        before, warnings.showwarning = warnings.showwarning, told
+        yield
 
 
 def _version(asked: bool) -> None:
@@ -164,13 +235,16 @@ def train(
             progress=False if as_json else None,
         )
     except KeyboardInterrupt:
-        _fail(_INTERRUPTED, _how_to_resume(out, device, data_root, threads))
+        _fail(_INTERRUPTED, f"interrupted{_how_to_resume(out, device, data_root, threads)}")
+    except WriteError as error:
+        _fail(_FAILURE, f"{error}{_how_to_resume(out, device, data_root, threads)}")
     if as_json:
         _print_json(
             run=str(out),
             stopped=trained.run.stopped,
             steps=trained.run.steps,
             seconds=trained.run.seconds,
+            threads=trained.threads.number,
             last=trained.run.history[-1] if trained.run.history else None,
             figures=[str(path) for path in trained.pictures],
             notes=trained.notes,
@@ -180,6 +254,7 @@ def train(
     typer.echo(
         f"run       {out}: {trained.run.steps} steps in {trained.run.seconds:.1f} s, {trained.run.stopped}"
     )
+    typer.echo(f"threads   {trained.threads}")
     for path in trained.pictures:
         typer.echo(f"figure    {path}")
     for note in trained.notes:
@@ -217,11 +292,11 @@ def evaluate(
     }
     changes = [f"evaluate.{key}={value}" for key, value in asked.items() if value is not None]
     from .jobs import evaluate as run_evaluation
-    from .jobs import use_threads
+    from .jobs import use_threads_of
 
     opened = open_run(run, root=data_root, device=place)
-    use_threads(opened.program, opened.spec, threads)
-    status = opened.folder.read_manifest().get("status")
+    use_threads_of(opened, threads)
+    status = opened.folder.read_manifest().get("status", "of unknown end, as its manifest is missing")
     if status not in ("finished", "early"):
         typer.echo(f"pvae: the training of {run} is {status}: this is its last checkpoint", err=True)
     settings = load_spec(run, changes).evaluate
@@ -277,12 +352,12 @@ def diagnose(
     place = _place(device)
     from .diagnosing import Wanted
     from .evidence import judge
-    from .jobs import use_threads
+    from .jobs import use_threads_of
     from .telling import Teller, to_json
 
     wanted = Wanted(tuple(ood or ()), num_data, num_samples, num_particles, calibration, seed)
     opened = open_run(run, root=data_root, device=place)
-    use_threads(opened.program, opened.spec, threads)
+    use_threads_of(opened, threads)
     teller = Teller(opened.folder, typer.echo, progress=not as_json and sys.stderr.isatty())
     try:
         found = judge(
@@ -522,57 +597,85 @@ def reproduce(
 @_guarded
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Benchmarks; all if none.")
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Benchmarks; if none, all those against hand-written PyTorch. recipes: every recipe against "
+            "its bare networks; recipe:NAME: one of them; peers: other libraries.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are printed.")] = 11,
-    engine: Annotated[list[str] | None, typer.Option(help="eager, graph; may be repeated.")] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="eager, traced, graph, cuda_graph; may be repeated (default: see the docs)."),
+    ] = None,
     threads: Annotated[
         int, typer.Option(min=1, help="Threads of torch on the CPU (default: one for a small net).")
     ] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    compare_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="OLD.json",
+            help="A run that --out wrote: name what got slower, and exit with 1.",
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Time our training step and evaluation against hand-written PyTorch."""
-    _place(device)
-    from .bench import format_table, run_bench
+    """Time training steps and evaluations against hand-written PyTorch, bare networks, or other libraries."""
+    place = _place(device)
+    from .bench import compare as compared
+    from .bench import format_table, machine_of, read_stored, run_bench
 
+    stored = None if compare_to is None else read_stored(compare_to)
     rows = run_bench(
         device=device,
         rounds=rounds,
         names=tuple(names) if names else None,
-        engines=tuple(engine or ("eager", "graph")),
+        engines=tuple(engine) if engine else None,
         threads=threads,
         out=out,
     )
+    found = None if stored is None else compared(stored, rows, machine_of(place) | {"threads": threads})
     if as_json:
-        _print_json(rows=rows)
+        _print_json(rows=rows, **({} if found is None else {"compare": found.to_dict()}))
     else:
         typer.echo(format_table(rows))
+        if found is not None:
+            typer.echo(f"\n{found}")
+    if found is not None and found.slower:
+        raise typer.Exit(_FAILURE)
 
 
 def _place(device: str) -> torch.device:
     """Check the device."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        place = torch.device(device)
+        place = Team.find().place(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError):
         raise SpecError(f"--device must name a device of this machine, such as cpu, got '{device}'") from None
+    except ValueError as error:
+        raise SpecError(f"--device {device}: {error}") from None
     return place
 
 
 def _how_to_resume(out: Path, device: str, data_root: Path | None, threads: int | None) -> str:
-    """Say what is left of an interrupted run, and the command that goes on with it."""
+    """Say what is left of a run that was broken off, and the command that goes on with it."""
     if not RunFolder(out).spec.is_file():
-        return "interrupted before training began"
-    command = ["pvae", "train", str(out), "--resume"]
+        return " before training began"
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        return ": go on with the command that started it on each machine, and --resume"
+    start = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"], "-m"] if launched() else []
+    command = [*start, "pvae", "train", str(out), "--resume"]
     command += [] if device == "auto" else ["--device", device]
     command += [] if data_root is None else ["--data-root", str(data_root)]
     command += [] if threads is None else ["--threads", str(threads)]
     kept = "the last checkpoint is kept" if exists(out) else "before the first checkpoint"
-    return f"interrupted, {kept}: go on with  {shlex.join(command)}"
+    return f", {kept}: go on with  {shlex.join(command)}"
 
 
 def _estimates(estimates: Sequence[LikelihoodEstimate | NestedEstimate]) -> dict[str, Any]:

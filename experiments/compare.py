@@ -165,6 +165,10 @@ def _records(path: Path) -> list[dict[str, Any]]:
     evaluations, manifest = folder.read_evaluations(), folder.read_manifest()
     if not evaluations:
         raise RunError(f"the run in {path} was never evaluated: pvae evaluate {path}")
+    if "steps" not in manifest:
+        raise RunError(
+            f"{folder.manifest} is missing or of a run that is not finished: pvae train {path} --resume"
+        )
     spec = load_spec(path).model_dump(mode="json")
     seed = spec["fit"].pop("seed")
     spec.pop("evaluate")

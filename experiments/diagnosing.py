@@ -37,7 +37,7 @@ from .aligning import density_of_run, log_det_of_run
 from .ladder_report import LadderReport, ladder_report
 from .program import SpecError
 from .registry import nearest
-from .runs import OpenRun
+from .runs import OpenRun, RunError
 
 __all__ = [
     "LABELS",
@@ -264,7 +264,7 @@ def diagnose(
     outside = {name: load_outside(run, name, root, download).test for name in wanted.ood}
     try:
         return _diagnose(run, wanted, target, outside, progress, start)
-    except (SpecError, DataError):
+    except (SpecError, DataError, RunError):
         raise
     except ValueError as error:
         raise SpecError(f"the run in {run.folder.path} cannot be diagnosed: {error}") from error
@@ -279,7 +279,7 @@ def density_of(run: OpenRun) -> Density | None:
     known = run.data.log_density_intrinsic or run.data.log_density
     if known is not None:
         return Exact(known)
-    return density_of_run(run.folder)
+    return density_of_run(run)
 
 
 def load_outside(run: OpenRun, asked: str, root: Path | None = None, download: bool = False) -> Data:

@@ -12,13 +12,13 @@ from torch import nn
 
 from pvae.data import DataError, Split
 from pvae.evaluation import log_likelihood
-from pvae.inference.checkpoint import write_atomically
+from pvae.files import DamagedFile, read_json, sealed, unsealed, write_atomically
 
 from .diagnosing import Wanted, spread
 from .evidence_figures import Drawing, Raster
 from .program import SpecError
 from .registry import nearest
-from .runs import OpenRun, RunFolder
+from .runs import OpenRun, RunError, RunFolder
 
 __all__ = [
     "BUDGETS",
@@ -214,12 +214,14 @@ def judge(
 
     Raises:
         SpecError: If there is no such budget or part, or as :func:`pvae.experiments.diagnosing.diagnose`.
+        RunError: If a file of the run is damaged, or nothing can be written to its folder.
         pvae.data.DataError: If outside data cannot be loaded.
     """
     wanted = wanted or Wanted()
     within, chosen = _budget(budget), choose(only, wanted)
     start, clock = time.monotonic(), _Clock()
     store, state = run.folder.evidence, parameters_of(run.folder)
+    run.folder.check_ready(run.folder.read_diagnoses, store, run.folder.figures)
     records: dict[str, dict[str, Any]] = {} if fresh else dict(kept(run.folder))
     job = Job(run, wanted, within, root, download, progress, records)
     known = {part.name for part in chosen if _serves(records.get(part.name), part.asked(wanted), within)}
@@ -251,7 +253,7 @@ def judge(
             begun(part, number, len(chosen))
         record = _record(part, job, reason, sizes, state)
         store.mkdir(parents=True, exist_ok=True)
-        write_atomically(store / f"{part.name}.json", (json.dumps(record) + "\n").encode())
+        write_atomically(store / f"{part.name}.json", (json.dumps(sealed(record)) + "\n").encode())
         records[part.name] = found[part.name] = record
         if ended is not None:
             ended(part, record, False)
@@ -295,10 +297,17 @@ def planned(
     return found
 
 
-def kept(folder: RunFolder) -> dict[str, dict[str, Any]]:
+def kept(folder: RunFolder, *, strict: bool = False) -> dict[str, dict[str, Any]]:
     """Read what the parts found for the parameters that the run has now.
 
     A file that is damaged, or of other parameters, counts as absent: its part is to be computed.
+
+    Args:
+        folder: The run folder.
+        strict: Whether a damaged file is refused instead.
+
+    Raises:
+        RunError: If the run's checkpoint is damaged, or a file is and ``strict`` is true.
     """
     found: dict[str, dict[str, Any]] = {}
     state = parameters_of(folder)
@@ -306,23 +315,26 @@ def kept(folder: RunFolder) -> dict[str, dict[str, Any]]:
         return found
     for path in sorted(folder.evidence.glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = _unsealed(path)
+        except DamagedFile as error:
+            if strict:
+                raise RunError(
+                    f"{error}: pvae diagnose {folder.path} --only {path.stem} computes it again"
+                ) from None
             continue
-        if isinstance(record, dict) and record.get("parameters") == state and record.get("part") == path.stem:
+        if record.get("parameters") == state and record.get("part") == path.stem:
             found[path.stem] = record
     return found
 
 
 def parameters_of(folder: RunFolder) -> str | None:
-    """Name the parameters that a run has now, by their checksum; ``None`` before the first checkpoint."""
-    for which in ("final", "best", "last"):
-        try:
-            pointer = json.loads((folder.checkpoints / f"{which}.json").read_text(encoding="utf-8"))
-            return str(pointer["sha256"])
-        except (OSError, ValueError, KeyError):
-            continue
-    return None
+    """Name the parameters that a run has now, by their checksum; ``None`` before the first checkpoint.
+
+    Raises:
+        RunError: If the checkpoint is damaged.
+    """
+    used = folder.checkpoint_used()
+    return None if used is None else str(used["sha256"])
 
 
 def certificate(records: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -447,7 +459,7 @@ def _record(part: Part, job: Job, reason: str | None, sizes: Sizes, state: str |
     if reason is None:
         try:
             found = part.run(job, sizes)
-        except (SpecError, DataError):
+        except (SpecError, DataError, RunError):
             raise
         except (ValueError, NotImplementedError) as error:
             reason = str(error)
@@ -464,6 +476,20 @@ def _record(part: Part, job: Job, reason: str | None, sizes: Sizes, state: str |
         }
     )
     return plain
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """Read the file of a part.
+
+    Raises:
+        DamagedFile: If it is damaged.
+    """
+    try:
+        return unsealed(read_json(path))
+    except DamagedFile:
+        raise
+    except ValueError as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -204,7 +204,7 @@ def rank_histograms(
             axes.grid(visible=False)
         for axes in list(grid.flat)[len(shown) :]:
             axes.set_axis_off()
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=canvas.INK)
+        figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=10, color=canvas.INK)
         return figure
 
 

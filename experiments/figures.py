@@ -1,7 +1,6 @@
 # ruff: noqa: RUF001  (mathematical symbols)
 """Pictures of a run: loss curves, reconstructions, samples. Matplotlib without pyplot: no global state."""
 
-import json
 import math
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 from pvae import canvas
 from pvae.data import Split
 from pvae.inference.isolation import device_of, evaluating
+from pvae.inference.rows import parse_row
 
 from .program import Program
 
@@ -292,10 +292,10 @@ def value_range(split: Split) -> tuple[float, float]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read ``metrics.jsonl``; a last line cut off by a crash is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(parse_row(line))
+        except ValueError:
             break
     return rows
 

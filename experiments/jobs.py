@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,13 @@ from torch import nn
 
 from pvae.data import Data, Split
 from pvae.evaluation import LikelihoodEstimate, NestedEstimate, log_likelihood, nested_likelihood
-from pvae.guides import FiveGuide, laplace_proposal
-from pvae.inference import Run, fit
+from pvae.files import WriteError
+from pvae.guides import FiveGuide, PointGuide, laplace_proposal
+from pvae.inference import ELBO, Run, Team, fit
+from pvae.inference.isolation import isolated_rng
+from pvae.inference.threads import Threads, available_threads, choose_threads, measure_threads
+from pvae.inference.trainer import arguments
+from pvae.models import Autoencoder
 
 from . import figures, sampling
 from .aligning import begin as begin_alignment
@@ -20,12 +26,11 @@ from .given import low_pass
 from .monitors import jacobian_curves, jacobian_monitor
 from .notes import notes
 from .program import Program, SpecError
-from .runs import OpenRun, RunFolder, environment
+from .runs import Onlooker, OpenRun, RunError, RunFolder, environment
 from .spec import Evaluate, Spec
 from .stages import pretrain
 
 __all__ = [
-    "SMALL_PASS",
     "Trained",
     "better_bound",
     "compare_bounds",
@@ -34,10 +39,8 @@ __all__ = [
     "sample",
     "train",
     "use_threads",
+    "use_threads_of",
 ]
-
-SMALL_PASS = 2**26
-"""Multiplications of weights below which :func:`use_threads` chooses one thread; a few milliseconds."""
 
 
 class Trained(NamedTuple):
@@ -49,6 +52,7 @@ class Trained(NamedTuple):
         pictures: PNG files.
         notes: What may surprise, one sentence each.
         estimates: What :func:`evaluate` returned, if the spec asks for it after training.
+        threads: Threads of torch on the CPU, and why so many.
     """
 
     folder: RunFolder
@@ -56,6 +60,7 @@ class Trained(NamedTuple):
     pictures: list[Path]
     notes: list[str]
     estimates: tuple[LikelihoodEstimate | NestedEstimate, ...]
+    threads: Threads
 
 
 def train(
@@ -72,6 +77,8 @@ def train(
 ) -> Trained:
     """Train a spec into a run folder, draw its figures, and evaluate it if the spec says so.
 
+    All processes that ``torchrun`` started do it together; the first one alone writes and draws.
+
     Args:
         spec: The spec.
         out: Run folder.
@@ -85,19 +92,54 @@ def train(
 
     Raises:
         SpecError: If the spec cannot be built or trained.
-        RunError: If the folder is in the way, or cannot be resumed.
+        RunError: If the folder is in the way, cannot be written to, or cannot be resumed.
         pvae.data.DataError: If the data cannot be loaded.
+        pvae.files.Busy: If another process trains in the folder.
+        pvae.files.WriteError: If a file cannot be written; the last checkpoint stays.
         pvae.inference.NonFiniteLoss: If training diverges; the last checkpoint stays.
     """
-    device = device or torch.device("cpu")
-    data = spec.load_data(root, download)
+    team = Team.find()
+    folder = RunFolder(out) if team.leads else Onlooker(out)
+    with ExitStack() as claim:
+        with team.together():
+            claim.enter_context(folder.claimed())
+        return _train(
+            spec,
+            folder,
+            team,
+            resume=resume,
+            force=force,
+            device=device or torch.device("cpu"),
+            root=root,
+            download=download,
+            threads=threads,
+            progress=progress if team.leads else False,
+        )
+
+
+def _train(
+    spec: Spec,
+    folder: RunFolder,
+    team: Team,
+    *,
+    resume: bool,
+    force: bool,
+    device: torch.device,
+    root: Path | None,
+    download: bool,
+    threads: int | None,
+    progress: bool | None,
+) -> Trained:
+    """Train in a folder that is claimed."""
+    data = team.in_turn(lambda: spec.load_data(root, download))
     program = spec.build(data)
-    use_threads(program, spec, threads)
+    before = folder.read_manifest().get("threads") if resume else None
+    chosen = use_threads(program, spec, data, threads, before=before, device=device, team=team)
     if spec.evaluate.after_training:
         _part(data, spec.evaluate)
         proposals(program, spec.evaluate, prior_scale=1.0)  # a prior may not be fitted before training
-    folder = RunFolder(out)
-    folder.prepare(spec, resume=resume, force=force)
+    with team.together():
+        folder.prepare(spec, resume=resume, force=force)
     spent = folder.read_manifest().get("seconds", 0.0) if resume else 0.0
     folder.update_manifest(
         status="running",
@@ -105,19 +147,21 @@ def train(
         seed=spec.seed,
         data=data.protocol.to_dict(),
         **environment(device),
+        **({} if before is not None else {"threads_because": chosen.reason}),
+        **({} if team.alone else {"processes": team.size}),
     )
     start = time.monotonic()
     status = "failed"
     try:
         said = _first_stage(spec, program, data, folder, device, progress)
         monitor = jacobian_monitor(program, data)
-        alignment = begin_alignment(spec, program, data, folder, device, progress)
+        alignment = team.in_turn(lambda: begin_alignment(spec, program, data, folder, device, progress))
         model, guide = program if alignment is None else alignment.pair
         run = fit(
             model,
             guide,
             data,
-            **spec.fit.arguments(),
+            **spec.fit.arguments() | {"threads": None},
             device=device,
             out=folder.path,
             resume=resume,
@@ -128,15 +172,21 @@ def train(
     except KeyboardInterrupt:
         status = "interrupted"
         raise
-    except SpecError:
-        folder.discard_unless_trained()
-        raise
     except ValueError as error:
-        folder.discard_unless_trained()
+        if not resume:
+            folder.discard_unless_trained()
+        if isinstance(error, SpecError | RunError):
+            raise
         raise SpecError(f"[fit] {' '.join(str(error).split())}") from error
     finally:
+        # On a full disk there is no room for this either, and the first sentence is the one to tell.
+        unsaid = suppress(WriteError) if status in ("failed", "interrupted") else nullcontext()
         if folder.spec.is_file():
-            folder.update_manifest(status=status, seconds=round(spent + time.monotonic() - start, 3))
+            with unsaid:
+                folder.update_manifest(status=status, seconds=round(spent + time.monotonic() - start, 3))
+    if not team.leads:
+        estimates = _evaluate_after(spec, folder, data, program, progress)
+        return Trained(folder, run, [], [], estimates, chosen)
     folder.update_manifest(steps=run.steps, **_measured(program))
     if monitor is not None and monitor.report is not None:
         folder.update_manifest(jacobian=monitor.report.to_dict())
@@ -148,9 +198,16 @@ def train(
         folder.update_manifest(alignment=alignment.summary())
         said = [*said, *alignment.notes()]
         pictures.append(alignment.picture(_title(spec)))
-    opened = OpenRun(folder, spec, data, *program)
-    estimates = evaluate(opened, spec.evaluate, progress=progress) if spec.evaluate.after_training else ()
-    return Trained(folder, run, pictures, [*notes(spec, program, data), *said], estimates)
+    estimates = _evaluate_after(spec, folder, data, program, progress)
+    return Trained(folder, run, pictures, [*notes(spec, program, data), *run.notes, *said], estimates, chosen)
+
+
+def _evaluate_after(
+    spec: Spec, folder: RunFolder, data: Data, program: Program, progress: bool | None
+) -> tuple[LikelihoodEstimate | NestedEstimate, ...]:
+    if not spec.evaluate.after_training:
+        return ()
+    return evaluate(OpenRun(folder, spec, data, *program), spec.evaluate, progress=progress)
 
 
 def evaluate(
@@ -159,7 +216,8 @@ def evaluate(
     """Estimate the held-out log-likelihood of a run and keep it in ``evaluation.json``.
 
     A diffusion prior has its density estimated along a chain of steps. Its estimates are followed by the
-    nested bound with as many particles, which knows no steps.
+    nested bound with as many particles, which knows no steps. Processes that ``torchrun`` started share the
+    data; all of them return the same estimates, those of one process alone.
 
     Args:
         run: The run.
@@ -174,9 +232,14 @@ def evaluate(
 
     Raises:
         SpecError: If the program has no such proposal.
+        RunError: If what was estimated before is damaged, or nothing can be written to the folder.
         pvae.data.MissingPart: If the data have no such split.
     """
+    team = Team.find()
+    if not team.leads:
+        run, progress = run._replace(folder=Onlooker(run.folder.path)), False
     split = _part(run.data, settings)
+    run.folder.check_ready(run.folder.read_evaluations)
     estimates: list[LikelihoodEstimate | NestedEstimate] = []
     for name, proposal in proposals(run.program, settings).items():
         start = time.monotonic()
@@ -185,6 +248,7 @@ def evaluate(
             "batch_size": batch_size,
             "seed": settings.seed,
             "progress": progress,
+            "team": team,
         }
         full = log_likelihood(run.model, proposal, split, **options)
         _keep(run, settings, full, start, proposal=name)
@@ -237,23 +301,79 @@ def compare_bounds(full: LikelihoodEstimate, nested: NestedEstimate) -> str:
     return f"{said}, Monte-Carlo error {error:.2f}"
 
 
-def use_threads(program: Program, spec: Spec, threads: int | None = None) -> None:
-    """Set the number of torch's threads on the CPU for this process.
-
-    A step of a small network on several threads is no faster, and beside a busy process many times slower, as
-    each operation then waits for the thread that has no core.
+def use_threads(
+    program: Program,
+    spec: Spec,
+    data: Data,
+    threads: int | None = None,
+    *,
+    before: int | None = None,
+    device: torch.device | None = None,
+    team: Team | None = None,
+) -> Threads:
+    """Set the number of torch's threads on the CPU for this process, in which a spec will be trained.
 
     Args:
-        program: The program that will run.
-        spec: Its spec, which knows the batch size.
-        threads: The number; ``None`` for one thread if a forward pass on a batch takes fewer than
-            :data:`SMALL_PASS` multiplications, and torch's own choice otherwise.
+        program: The program that will be trained, on the CPU.
+        spec: Its spec.
+        data: Its data.
+        threads: The number, before ``fit.threads`` of the spec and ``OMP_NUM_THREADS``; where nobody says
+            one, what :func:`pvae.inference.threads.measure_threads` finds on a batch.
+        before: The number of the run that is resumed, which holds.
+        device: Where it will be trained; on a GPU nothing is measured.
+        team: The processes that train together; nothing is measured in one of several.
+
+    Raises:
+        SpecError: If another number is asked for than that of the run.
     """
-    weights = sum(p.numel() for module in program for p in module.parameters())
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif weights * spec.fit.arguments()["batch_size"] < SMALL_PASS:
-        torch.set_num_threads(1)
+    asked = spec.fit.arguments()["threads"] if threads is None else threads
+
+    def measured() -> Threads:
+        if not (team is None or team.alone):
+            return Threads(torch.get_num_threads(), "as torch has it in one of several processes")
+        if device is not None and device.type != "cpu":
+            return Threads(torch.get_num_threads(), "as torch has it beside a GPU")
+        return _measured_threads(program, spec, data)
+
+    try:
+        chosen = choose_threads(measured, asked=asked, before=before)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    torch.set_num_threads(chosen.number)
+    return chosen
+
+
+def use_threads_of(run: OpenRun, threads: int | None = None) -> None:
+    """Set the number of torch's threads on the CPU for this process, in which a run will be judged.
+
+    Args:
+        run: The run.
+        threads: The number, before ``OMP_NUM_THREADS``; where nobody says one, that of its training, or all
+            cores if there are fewer.
+    """
+    of_training = run.folder.read_manifest().get("threads", 1)
+    chosen = choose_threads(
+        lambda: Threads(min(of_training, available_threads()), "as in training"), asked=threads
+    )
+    torch.set_num_threads(chosen.number)
+
+
+def _measured_threads(program: Program, spec: Spec, data: Data) -> Threads:
+    model: Any = program.model
+    guide: Any = program.guide
+    if spec.autoencoder is not None:
+        # The prior is not fitted yet; the first stage has the networks of the second.
+        model, guide = Autoencoder(model.decoder, model.likelihood), PointGuide(guide.encoder)
+    settings = spec.fit.arguments()
+    try:
+        objective = ELBO(settings["objective"], settings["num_particles"], settings["free_bits"])
+        with isolated_rng(torch.device("cpu"), 0):
+            size = min(settings["batch_size"], len(data.train))
+            batch = next(data.train.batches(size, seed=0, epoch=0, drop_last=True))
+        return measure_threads(model, guide, arguments(model, batch), objective)
+    except (ValueError, RuntimeError):
+        # Whatever is wrong is found, and said, when it is trained.
+        return Threads(torch.get_num_threads(), "as torch has it")
 
 
 def sample(
@@ -380,7 +500,7 @@ def _pictures(
         figures.reconstructions(program, shown, folder.figures / "reconstructions.png", title),
         sample(OpenRun(folder, spec, data, *program), progress=progress).path,
     ]
-    metrics = figures.read_metrics(folder.metrics)
+    metrics = folder.read_metrics()
     if any("loss" in row for row in metrics):
         drawn.insert(0, figures.loss_curves(metrics, folder.figures / "losses.png", title))
     if isinstance(program.guide, FiveGuide) and any("five/health" in row for row in metrics):

@@ -5,6 +5,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from .registry import PARTS, SUPPLIED, TABLES, nearest
+from .toml import shown
 
 __all__ = ["sentence"]
 
@@ -31,21 +32,21 @@ def sentence(error: ValidationError, spec_type: type[BaseModel], raw: dict[str, 
     kind = str(given.get("kind")) if table in TABLES and isinstance(given, dict) else None
     path = _path(first["loc"], kind)
     if _rank(first) == 0:
-        return f"unknown [{table}] kind '{kind}'{nearest(str(kind), PARTS[table])}"
+        return f"unknown [{table}] kind {shown(kind)}{nearest(str(kind), PARTS[table])}"
     if first["type"] == "extra_forbidden":
         return _unknown(path, kind, spec_type)
     if first["type"] == "missing":
         return f"[{table}] needs {path[1]}"
     keys = _keys(table, spec_type, kind)
     if keys is not None and not isinstance(given, dict):
-        return f"{table} must be a table, got {given!r}"
+        return f"{table} must be a table, got {shown(given)}"
     alike = [fault for fault in faults if _path(fault["loc"], kind)[:2] == path[:2]]
     wants = dict.fromkeys(_wants(fault["msg"]) for fault in alike)
     annotation = keys.model_fields[path[1]].annotation if keys is not None else None
     if type(None) in get_args(annotation):
         wants["'none'"] = None
     place = f"[{path[2]}]" if len(path) > 2 and path[2].isdecimal() else ""
-    return f"{'.'.join(path[:2])}{place} must be {' or '.join(wants)}, got {first['input']!r}"
+    return f"{'.'.join(path[:2])}{place} must be {' or '.join(wants)}, got {shown(first['input'])}"
 
 
 def _rank(fault: Any) -> int:

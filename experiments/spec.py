@@ -1,10 +1,8 @@
 """The spec: TOML whose tables are the parts and whose keys are their constructors' arguments."""
 
 import functools
-import json
 import operator
 import re
-import tomllib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -14,10 +12,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 import pvae.data
 from pvae.data import Data
+from pvae.files import unsealed_text
 from pvae.inference import fit
 
 from . import parts as _parts  # noqa: F401  (enters the parts)
 from . import parts_ladder as _parts_ladder  # noqa: F401
+from . import toml
+from .allocation import Allowance, most_numbers
 from .program import Program, SpecError, build
 from .registry import PARTS, TABLES, Keys, Part, PartKeys, keys_of, nearest, none_word
 from .sentences import sentence
@@ -210,9 +211,16 @@ class Spec(BaseModel):
         """Build the model and its guide for some data; global random state is left as it was.
 
         Raises:
-            SpecError: If a part refuses its arguments, or the likelihood the values of the data.
+            SpecError: If a part refuses its arguments, the likelihood the values of the data, or the networks
+                hold more numbers than :func:`~pvae.experiments.allocation.most_numbers` allows.
         """
-        return build({table: keys for table, (_, keys) in self.parts().items()}, data, self.z_dim, self.seed)
+        parts = {table: keys for table, (_, keys) in self.parts().items()}
+        try:
+            with Allowance(most_numbers()):
+                return build(parts, data, self.z_dim, self.seed)
+        # What torch and NumPy raise for sizes that no memory has.
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            raise SpecError(f"the parts cannot be built: {toml.one_line(error)[:200]}") from error
 
     def to_toml(self) -> str:
         """Write the spec with every default filled in; :func:`parse` reads it back as it was."""
@@ -222,13 +230,12 @@ class Spec(BaseModel):
             if isinstance(value, PartKeys) and value.kind == "none" == TABLES[name]:
                 continue  # as if it were not there
             if isinstance(value, Keys):
-                keys = {
-                    key: getattr(value, key)
-                    for key in (*type(value).model_fields, *(value.model_extra or ()))
-                }
-                tables.append("\n".join([f"[{name}]", *(f"{key} = {_toml(v)}" for key, v in keys.items())]))
+                keys = {key: getattr(value, key) for key in type(value).model_fields}
+                keys |= value.model_extra or {}
+                lines = (f"{key} = {toml.dumps(v)}" for key, v in keys.items())
+                tables.append("\n".join([f"[{name}]", *lines]))
             elif value is not None:
-                top.append(f"{name} = {_toml(value)}")
+                top.append(f"{name} = {toml.dumps(value)}")
         return "\n\n".join(["\n".join(top), *tables]) + "\n"
 
     @staticmethod
@@ -258,23 +265,25 @@ def load_spec(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Spec:
         SpecError: If there is no such spec, or it cannot be read or checked.
     """
     path = _find(path_or_name)
+    text = toml.read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"cannot read the spec {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SpecError(f"the spec {path} is not UTF-8 text") from None
+        text = unsealed_text(text)
+    except ValueError as error:
+        raise SpecError(
+            f"{path} was changed or damaged after it was written, as {error}: put it back, or delete that "
+            "line to keep the change"
+        ) from None
+    if Path(path_or_name).is_dir() and not toml.loads(text):
+        raise SpecError(f"{path} is damaged: it is empty")
     return parse(text, overrides)
 
 
 def parse(text: str, overrides: Iterable[str] = ()) -> Spec:
     """Check a spec given as TOML text; overrides and errors as in :func:`load_spec`."""
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"the spec is not valid TOML: {error}") from None
+    raw = toml.loads(text)
     for override in overrides:
         _override(raw, override)
+    toml.check(raw)
     for table in ("data", *TABLES, "fit"):
         raw.setdefault(table, {})
     for table, kind in TABLES.items():
@@ -287,7 +296,12 @@ def parse(text: str, overrides: Iterable[str] = ()) -> Spec:
     except ValidationError as error:
         raise SpecError(sentence(error, spec_type, raw)) from None
     if spec.data.name not in pvae.data.names():
-        raise SpecError(f"unknown data.name '{spec.data.name}'{nearest(spec.data.name, pvae.data.names())}")
+        name = toml.shown(spec.data.name)
+        raise SpecError(f"unknown data.name {name}{nearest(spec.data.name, pvae.data.names())}")
+    for key in _DATA_OMIT:
+        if key in (spec.data.model_extra or {}):
+            option = key if key == "download" else "data-root"
+            raise SpecError(f"data.{key} is no key: it is given beside the spec, as --{option}")
     settings = spec.fit.arguments()
     if (settings["epochs"] is None) == (settings["steps"] is None):
         raise SpecError("[fit] needs epochs or steps, one of the two")
@@ -309,10 +323,14 @@ def _find(path_or_name: str | Path) -> Path:
     name, path, known = str(path_or_name), Path(path_or_name), recipes()
     if name in known:
         return known[name]
-    if path.is_dir():
-        return path / "spec.toml"
-    if path.suffix != ".toml" and not path.exists():
-        raise SpecError(f"there is no recipe '{name}'{nearest(name, known)}")
+    try:
+        if path.is_dir():
+            return path / "spec.toml"
+        there = path.suffix == ".toml" or path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        there = False
+    if not there:
+        raise SpecError(f"there is no recipe {toml.shown(name)}{nearest(name[:80], known)}")
     return path
 
 
@@ -321,7 +339,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     left, equals, right = override.partition("=")
     names = left.strip().split(".")
     if not equals or not all(names) or len(names) > 2:
-        raise SpecError(f"an override must read key=value, such as fit.epochs=5, got '{override}'")
+        raise SpecError(f"an override must read key=value, such as fit.epochs=5, got {toml.shown(override)}")
     value = _value(override, right.strip())
     if len(names) == 1 and (names[0] in TABLES or (names == ["align"] and value != "none")):
         names.append("kind")
@@ -333,7 +351,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     name, key = names
     table = tables.setdefault(name, {})
     if not isinstance(table, dict):
-        raise SpecError(f"cannot set {name}.{key}: {name} is not a table")
+        raise SpecError(f"cannot set {toml.shown(f'{name}.{key}')}: {toml.shown(name)} is not a table")
     if key == "kind" and value != table.get("kind", TABLES.get(name)):
         table.clear()  # the other keys are arguments of the part that goes
         if name == "model":
@@ -345,13 +363,13 @@ def _override(tables: dict[str, Any], override: str) -> None:
 
 def _value(override: str, text: str) -> Any:
     try:
-        read = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        read = toml.loads(f"value = {text}")
+    except SpecError:
         if re.fullmatch(r"[\w./+-]+", text):
             return text  # a bare word: shells take the quotes away
-        raise SpecError(f"the value of an override must be TOML, got '{override}'") from None
+        raise SpecError(f"the value of an override must be TOML, got {toml.shown(override)}") from None
     if len(read) > 1:
-        raise SpecError(f"an override sets one key, got '{override}'")
+        raise SpecError(f"an override sets one key, got {toml.shown(override)}")
     return read["value"]
 
 
@@ -363,7 +381,8 @@ def _spec_type() -> type[Spec]:
 def _narrowed(registered: tuple[tuple[str, tuple[Part, ...]], ...]) -> type[Spec]:
     """Narrow :class:`Spec` to the parts that are registered, and read other keys off the signatures."""
     data = create_model("Data", __base__=DataKeys, **keys_of(pvae.data.load, omit=_DATA_OMIT))
-    training = create_model("Fit", __base__=Keys, **keys_of(fit, omit=_FIT_OMIT))
+    # Parts of ours can be traced, to the values of the eager engine; any programs may be given to `fit`.
+    training = create_model("Fit", __base__=Keys, **keys_of(fit, omit=_FIT_OMIT) | {"engine": (str, "auto")})
     fields: dict[str, Any] = {"data": (data, ...), "fit": (training, ...)}
     for table, entries in registered:
         union: Any = functools.reduce(operator.or_, (entry.keys for entry in entries))
@@ -372,19 +391,6 @@ def _narrowed(registered: tuple[tuple[str, tuple[Part, ...]], ...]) -> type[Spec
         default = PARTS[table]["none"].keys(kind="none") if TABLES[table] == "none" else ...
         fields[table] = (Annotated[union, Field(discriminator="kind")] if tagged else union, default)
     return create_model("Spec", __base__=Spec, **fields)
-
-
-def _toml(value: object) -> str:
-    """Write one value; ``None``, which TOML lacks, as ``"none"``."""
-    if value is None:
-        return '"none"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value)
 
 
 def _without_null(schema: Any) -> Any:

@@ -48,6 +48,8 @@ class TiedGuide(nn.Module):
     Attributes:
         shares_parameters: True: the density depends on the model's parameters. The objective "dreg", which
             holds the parameters of the guide constant, refuses such a guide.
+        keeps_float32: True: where the networks are trained in bfloat16, they are not inside this guide, whose
+            products of Jacobians need all digits.
 
     Raises:
         TypeError: If the likelihood is another one.
@@ -56,6 +58,7 @@ class TiedGuide(nn.Module):
     """
 
     shares_parameters = True
+    keeps_float32 = True
 
     def __init__(
         self,

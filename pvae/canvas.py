@@ -1,9 +1,12 @@
 """The look of every picture: colours, type, and figures made without pyplot, which keeps global state."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pvae.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +74,10 @@ def figure(width: float, height: float) -> "Figure":
 def save(drawn: "Figure", path: Path, title: str = "") -> Path:
     """Write a figure as PNG, with a line above it, and return the path."""
     if title:
+        title = title.replace("$", r"\$")  # a name, and no formula
         drawn.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", metadata={"Software": "pvae"})
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, metadata={"Software": "pvae"})
+    write_atomically(path, content.getvalue())
     return path

@@ -1,7 +1,8 @@
 """Tensor maths shared by every room; torch only, no host synchronisation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "batch_mean",
+    "batch_mean_gradients",
     "dct_matrix",
     "gram_tril",
     "has_float64",
@@ -19,6 +22,7 @@ __all__ = [
     "pull_back",
     "push_forward",
     "sample_categorical",
+    "sharing_batches",
     "soft_clamp",
 ]
 
@@ -30,6 +34,55 @@ _vmap: Any = torch.vmap
 # Rows of the batch, one for each datum and direction, in one pass of a network: bounds the memory of a
 # Jacobian.
 _PASS_ROWS = 2048
+
+# How the processes that share batches average a tensor, innermost last; empty in a process alone.
+_across: list[Callable[[Tensor], Tensor]] = []
+
+
+@contextmanager
+def sharing_batches(mean: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Say for a while that every process sees an equal share of each batch.
+
+    Args:
+        mean: Averages a tensor over the processes; all of them call it at the same places.
+    """
+    _across.append(mean)
+    try:
+        yield
+    finally:
+        _across.pop()
+
+
+def batch_mean(statistic: Tensor) -> Tensor:
+    """Return the mean of a statistic over a whole batch, where this process may see a share of it only.
+
+    Whatever a training step makes of its batch as a whole, and not datum by datum, is made of such means: a
+    step on several processes is then that of one process on their data together.
+
+    Args:
+        statistic: Mean over this process's share, any shape, without gradient.
+
+    Returns:
+        The same tensor outside :func:`sharing_batches`.
+    """
+    return _across[-1](statistic) if _across else statistic
+
+
+def batch_mean_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace the gradients of a loss that is a mean over a share of a batch by those over all of it.
+
+    Args:
+        parameters: With ``.grad``, or without: all processes must agree in which have one.
+    """
+    if not _across:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        some = [g for g in gradients if g.dtype == dtype]
+        # One message for all, always laid out in the same order: so sums are rounded alike in every run.
+        flat = batch_mean(torch.cat([g.flatten() for g in some]))
+        parts = flat.split([g.numel() for g in some])
+        torch._foreach_copy_(some, [part.view_as(g) for part, g in zip(parts, some, strict=True)])
 
 
 def log_mean_exp(x: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) -> Tensor:

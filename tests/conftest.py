@@ -1,5 +1,6 @@
 """Shared fixtures: one thread for each process, a clean param store, seeds, double precision on request."""
 
+import os
 from collections.abc import Iterator
 
 import pyro
@@ -10,6 +11,7 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a choice, where the command would measure
 
 
 @pytest.fixture(autouse=True)

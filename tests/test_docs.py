@@ -1,5 +1,6 @@
 """The documentation: its examples run, its links lead somewhere, its table of parts is the real one."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from typer.testing import CliRunner
 from pvae.experiments.cli import app
 from pvae.experiments.components import to_markdown
 from pvae.experiments.spec import recipes
+from tests.survival.kill_loop import table
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORTER = {
     "epochs=50": "epochs=1",
     "beta_warmup=5": "beta_warmup=1",
@@ -79,7 +82,24 @@ def test_every_page_is_in_the_index() -> None:
 
 
 def test_the_readme_shows_the_table_of_parts_as_it_is() -> None:
-    assert to_markdown() in (ROOT / "README.md").read_text()
+    assert to_markdown() in README.read_text()
+
+
+def test_the_readme_shows_lines_of_the_benchmarks() -> None:
+    shown = re.findall(r"^\| (?:small|medium|conv|evaluation|cvae-nf) .*$", README.read_text(), re.MULTILINE)
+    kept = (ROOT / "benchmarks" / "results" / "cpu.md").read_text().splitlines()
+    assert len(shown) > 10
+    assert [line for line in shown if line not in kept] == []
+
+
+def test_the_counts_of_the_loops_are_those_that_are_kept() -> None:
+    results, page = ROOT / "experiments" / "results", (ROOT / "docs" / "survival.md").read_text()
+    report = json.loads((results / "survival.json").read_text())
+    assert report["kills"] >= 30
+    assert report["different"] == 0
+    assert table(report) in page
+    assert (results / "damage.txt").read_text() in page
+    assert (results / "fuzz.txt").read_text() in (ROOT / "SECURITY.md").read_text()
 
 
 def test_the_documentation_names_only_recipes_that_there_are() -> None:

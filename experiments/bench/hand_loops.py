@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HandLoop", "HandVAE", "adam", "adamax", "conv_vae", "mlp_vae"]
+__all__ = ["CapturedLoop", "HandLoop", "HandVAE", "adam", "adamax", "conv_vae", "mlp_vae"]
 
 
 class HandNet(Protocol):
@@ -93,6 +93,49 @@ class HandLoop:
             self.optimizer.step()
             losses.append(loss.detach())
         return float(torch.stack(losses).mean())
+
+
+class CapturedLoop:
+    """The same step captured once as a CUDA graph, and replayed for each batch.
+
+    Args:
+        net: What is trained, on a CUDA device.
+        levels: Grey levels, shape ``(N, *x_shape)``, uint8, on the same.
+        batch_size: Data per step.
+    """
+
+    def __init__(self, net: HandNet, levels: Tensor, batch_size: int) -> None:
+        self.net, self.levels, self.batch_size = net, levels, batch_size
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True, capturable=True)
+        self.index = torch.arange(batch_size, device=levels.device)
+        self.total = torch.zeros((), device=levels.device)
+        # Libraries choose their kernels in the first steps, which must not be captured.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()
+
+    def _step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        p = self.levels.index_select(0, self.index).float() / 255
+        loss = self.net.loss((torch.rand_like(p) < p).float())
+        loss.backward()
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def run(self, steps: int) -> float:
+        """Take ``steps`` steps in one shuffled pass; return their mean loss in nats per datum."""
+        order = torch.randperm(len(self.levels), device=self.levels.device)
+        self.total.zero_()
+        for index in order[: steps * self.batch_size].split(self.batch_size):
+            self.index.copy_(index)
+            self.graph.replay()
+        return float(self.total) / steps
 
 
 def mlp_vae(x_dim: int, hidden: tuple[int, ...], z_dim: int) -> HandVAE:

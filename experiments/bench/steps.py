@@ -18,7 +18,7 @@ from pvae.nn import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from pvae.priors import StandardNormal
 
 from ..program import Program
-from .hand_loops import HandLoop, HandVAE, conv_vae, mlp_vae
+from .hand_loops import CapturedLoop, HandLoop, HandVAE, conv_vae, mlp_vae
 from .timing import Row, clock_of, interleave, row
 from .training import BATCH_SIZE, count_syncs, placed, training
 
@@ -77,7 +77,9 @@ CASES: dict[str, Case] = {
 
 
 def time_steps(name: str, device: torch.device, rounds: int, engines: tuple[str, ...]) -> list[Row]:
-    """Time each engine's step against the loop, the compiled loop (graph alone), and stock SVI."""
+    """Time each engine's step against the loop, the compiled loop (``graph`` alone), the captured one
+    (``cuda_graph`` alone), and stock SVI.
+    """
     case = CASES[name]
     levels = case.levels()
     split = from_tensors(levels, binarize="dynamic").train.to(device)
@@ -88,6 +90,10 @@ def time_steps(name: str, device: torch.device, rounds: int, engines: tuple[str,
         )
         for loop, compiled in loops.items()
     }
+    if "cuda_graph" in engines:
+        contenders["loop, captured"] = partial(
+            CapturedLoop(case.hand().to(device), levels.to(device), BATCH_SIZE).run, case.steps
+        )
     contenders["stock SVI"] = _stock(placed(case.program(), device), split, case.steps)
     syncs = {}
     for engine in engines:
@@ -96,7 +102,9 @@ def time_steps(name: str, device: torch.device, rounds: int, engines: tuple[str,
     seconds = interleave(contenders, rounds, clock_of(device))
     comparisons: dict[str, list[tuple[str, float | None]]] = {
         "eager": [("loop", case.eager_target), ("stock SVI", None)],
+        "traced": [("loop", 1.1), ("stock SVI", None)],
         "graph": [("loop", 0.95), ("loop, compiled", 1.05), ("stock SVI", None)],
+        "cuda_graph": [("loop", None), ("loop, captured", 1.05), ("stock SVI", 1 / 3)],
     }
     return [
         row(name, engine, yardstick, seconds, case.steps, target, syncs[engine])

@@ -4,15 +4,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 import pvae
 
-__all__ = ["Row", "clock_of", "interleave", "machine_of", "row", "sentence", "threads_set"]
+__all__ = ["Row", "clock_of", "interleave", "left_out", "machine_of", "row", "sentence"]
 
 Row = dict[str, object]
 
@@ -67,6 +66,20 @@ def row(
     }
 
 
+def left_out(benchmark: str, ours: str, yardstick: str, reason: str) -> Row:
+    """A row of what could not be timed, and why."""
+    numbers = ("ours_ms", "yardstick_ms", "ratio", "low", "high", "target")
+    return {
+        "benchmark": benchmark,
+        "ours": ours,
+        "yardstick": yardstick,
+        **dict.fromkeys(numbers),
+        "rounds": 0,
+        "syncs": None,
+        "note": f"left out: {reason}",
+    }
+
+
 def clock_of(device: torch.device) -> Callable[[], float]:
     """CPU time, which a busy machine disturbs least; on another device the time until it is done."""
     if device.type == "cpu":
@@ -77,16 +90,6 @@ def clock_of(device: torch.device) -> Callable[[], float]:
         return time.perf_counter()
 
     return synchronised
-
-
-@contextmanager
-def threads_set(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def machine_of(device: torch.device) -> Row:

@@ -5,10 +5,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pvae.inference.checkpoint import write_atomically
+from pvae.files import write_atomically
 
 from ..compare import compare, to_markdown
 from ..evidence import certificate
+from ..program import SpecError
 from ..runs import RunError, RunFolder
 from .blocks import Block, from_markdown
 from .sections import SECTIONS, Section
@@ -16,6 +17,8 @@ from .view import RunView, view
 
 __all__ = ["render", "write_report"]
 
+# What comes of a record that is not as it was written: a key is missing, a text stands for a number.
+_OTHERWISE = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError)
 _NEEDED = ("seconds", "steps", "device", "threads", "data")
 
 
@@ -72,6 +75,21 @@ def render(runs: Sequence[str | Path], *, root: Path | None = None) -> str:
     if not runs:
         raise RunError("runs must name at least one run folder, got none")
     paths = [Path(run) for run in runs]
+    try:
+        return _page(paths, root)
+    except (RunError, SpecError):
+        raise
+    # The files of a run may be somebody else's, and hold anything that is JSON.
+    except _OTHERWISE as error:
+        reason = " ".join(repr(error).split())[:200]
+        where = ", ".join(map(str, paths))
+        raise RunError(
+            f"{where} cannot be shown: a file there does not hold what pvae writes into it ({reason})"
+        ) from error
+
+
+def _page(paths: Sequence[Path], root: Path | None) -> str:
+    """Read the runs and fill in the template."""
     views = [
         view(path, name, f"run-{i}", root)
         for i, (path, name) in enumerate(zip(paths, _names(paths), strict=True), 1)

@@ -3,6 +3,7 @@
 
 import base64
 import shlex
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from ..evidence import BUDGETS
 from ..evidence_figures import Drawing, curves
 from ..evidence_parts import PARTS
+from ..runs import RunError
 from . import blocks
 from .blocks import Block, from_markdown, note, paragraph, table
 from .view import RunView
@@ -448,15 +450,40 @@ def _latent_sections(run: RunView) -> Sequence[Sequence[str]]:
 
 
 def _files(run: RunView, paths: Sequence[str]) -> list[Block]:
-    """Pictures of the folder that are there."""
+    """Pictures of the folder that are there.
+
+    Raises:
+        RunError: If one is damaged, or something else is in its place.
+    """
     found = []
     for path in paths:
         file = run.folder.path / path
+        if file.is_dir():
+            raise RunError(f"{file} is a folder, where a picture must be: move it away")
         if file.is_file() and run.folder.path.resolve() in file.resolve().parents:
             caption = _CAPTIONS.get(file.stem, file.stem)
-            png = base64.b64encode(file.read_bytes()).decode()
+            content = file.read_bytes()
+            if not _is_whole(content):
+                raise RunError(
+                    f"{file} is damaged: move it away, and pvae train {_path(run)} --resume, pvae sample or "
+                    "pvae diagnose --fresh draws it again"
+                )
+            png = base64.b64encode(content).decode()
             found.append(blocks.image(f"{run.name}: {caption}", caption, png))
     return found
+
+
+def _is_whole(png: bytes) -> bool:
+    """Whether a picture has the chunks of a PNG, each with its checksum, up to the last one."""
+    at = 8
+    while png.startswith(b"\x89PNG\r\n\x1a\n") and at + 12 <= len(png):
+        end = at + 8 + int.from_bytes(png[at : at + 4])
+        if zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4]):
+            return False
+        if png[at + 4 : at + 8] == b"IEND":
+            return end + 4 == len(png)
+        at = end + 4
+    return False
 
 
 def _missing(run: RunView, *names: str) -> list[Block]:

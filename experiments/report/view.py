@@ -9,7 +9,6 @@ from pvae.data import Data, DataError
 
 from ..evidence import kept
 from ..explain import explain
-from ..figures import read_metrics
 from ..program import SpecError
 from ..runs import RunError, RunFolder
 from ..spec import Spec, load_spec
@@ -73,6 +72,8 @@ def view(path: Path, name: str, prefix: str, root: Path | None = None) -> RunVie
     if not folder.spec.is_file():
         raise RunError(f"{path} is not a run folder: it has no spec.toml")
     spec = load_spec(path)
+    if folder.checkpoint_used() is not None and not folder.manifest.exists():
+        raise RunError(f"{folder.manifest} is missing: pvae train {path} --resume writes another one")
     data: Data | None = None
     unsized = ""
     try:
@@ -88,7 +89,7 @@ def view(path: Path, name: str, prefix: str, root: Path | None = None) -> RunVie
         symbols,
         unsized,
         folder.read_manifest(),
-        read_metrics(folder.metrics) if folder.metrics.is_file() else [],
+        folder.read_metrics(),
         folder.read_evaluations(),
-        kept(folder),
+        kept(folder, strict=True),
     )

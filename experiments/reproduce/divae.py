@@ -23,6 +23,7 @@ from pvae.evaluation import (
     log_likelihood,
     prior_coverage,
 )
+from pvae.files import locked
 from pvae.inference import fit
 
 from ..aligning import aligned, embedded, estimate
@@ -30,7 +31,7 @@ from ..program import Program
 from ..spec import AlignKeys, Spec, load_spec
 from ..stages import pretrain
 from .judge import evenly
-from .ledger import Record, locked
+from .ledger import Record
 from .plots import dots
 from .study import Cell, Context, Metrics, Scale, Source, Study, plain
 from .tables import Column, differences, markdown, paired, table, verdict

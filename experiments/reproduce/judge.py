@@ -13,8 +13,8 @@ from pvae.evaluation import (
     fit_classifier,
     rare_combinations,
 )
+from pvae.files import locked
 
-from .ledger import locked
 from .study import Context
 
 __all__ = ["HeldOut", "Judge", "evenly", "held_out", "judge"]

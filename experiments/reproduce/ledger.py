@@ -1,18 +1,17 @@
 """What a study has measured: ``cells.jsonl``, one line for each finished cell, and nothing lost by a kill."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pvae.inference.checkpoint import write_atomically
+from pvae.files import sealed, unsealed, write_atomically
 
 from ..runs import RunError
 from .study import Cell, Metrics
 
-__all__ = ["Ledger", "Record", "locked"]
+__all__ = ["Ledger", "Record"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ class Ledger:
         if not self.path.is_file():
             return []
         records = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
             try:
-                records.append(Record(**json.loads(line)))
+                records.append(Record(**unsealed(json.loads(line))))
             except (ValueError, TypeError):
                 raise RunError(
                     f"line {number} of {self.path} is damaged: delete it to measure its cell again"
@@ -84,10 +83,11 @@ class Ledger:
     def append(self, record: Record) -> None:
         """Add a record; a reader, or a kill at any moment, finds the file with it or without it.
 
-        One process writes at a time, see :func:`locked`; the whole file is replaced, which is small.
+        One process writes at a time, see :func:`pvae.files.locked`; the whole file, which is small, is
+        replaced.
         """
         before = self.path.read_bytes() if self.path.is_file() else b""
-        line = json.dumps(asdict(record), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(sealed(asdict(record)), ensure_ascii=False, allow_nan=False)
         write_atomically(self.path, before + line.encode() + b"\n")
 
     def missing(self, cells: Sequence[Cell], settings: dict[str, int]) -> list[Cell]:
@@ -106,30 +106,3 @@ class Ledger:
                     f"{self.path} holds {cell.name} of another recipe or other sizes: choose another --out"
                 )
         return left
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that the system takes back when the process ends, however it ends.
-
-    Without file locks (on Windows) nothing is locked: then two processes may do the same work twice.
-
-    Args:
-        path: Lock file, made if absent.
-        wait: Whether to wait for another holder.
-
-    Raises:
-        RunError: If another process holds it and ``wait`` is false.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl  # not on every system
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise RunError(f"another process is at work in {path.parent}") from None
-        yield

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pvae.inference.checkpoint import write_atomically
+from pvae.files import write_atomically
 
 from ..runs import RunError
 from .ledger import Ledger, Record

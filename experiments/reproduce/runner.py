@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from pvae.data import DataError
+from pvae.files import locked, remove_leftovers
 from pvae.inference.progress import reporting
 
 from ..program import SpecError
 from ..runs import RunError, environment
-from .ledger import Ledger, Record, locked
+from .ledger import Ledger, Record
 from .study import AnyStudy, Cell, Context
 
 __all__ = ["Plan", "plan", "run", "run_cell"]
@@ -96,13 +97,15 @@ def run(
 
     Raises:
         SpecError: If a cell cannot be built.
-        RunError: If the folder is in use, or holds cells of other settings.
+        RunError: If the folder holds cells of other settings.
+        pvae.files.Busy: If another process is at work in the folder.
         pvae.data.DataError: If data cannot be loaded.
         KeyboardInterrupt: On SIGINT or SIGTERM; what is finished is kept.
     """
     context.out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(context.out)
     with locked(context.out / ".lock", wait=False):
+        remove_leftovers(context.out)
         todo = plan(study, context, only)
         done = len(todo.cells) - len(todo.missing)
         with reporting(study.name, len(todo.cells), progress) as report, _terminable():

@@ -37,6 +37,9 @@ __all__ = [
 SCALES = ("smoke", "cpu", "full")
 """How much is spent: seconds, under two hours of two cores, or a day or a GPU."""
 
+# Engines that train to the same bytes: which of them did is no part of a cell.
+_SAME_BYTES = ("auto", "traced", "eager")
+
 Metrics = dict[str, float | None]
 """What a cell measured, by name; ``None`` where a number does not exist."""
 
@@ -123,11 +126,14 @@ class Cell:
     def key(self, settings: Mapping[str, int]) -> str:
         """Twelve hexadecimal digits that change with all that the cell's numbers depend on but code.
 
-        Keys at their defaults are left out, so that a ledger outlives new ones.
+        Keys at their defaults are left out, so that a ledger outlives new ones, as are engines that train to
+        the same bytes.
         """
         spec = self.spec().model_dump(mode="json", exclude_defaults=True) if self.recipe else {}
         for table in ("description", "evaluate"):  # a study measures by itself
             spec.pop(table, None)
+        if spec.get("fit", {}).get("engine") in _SAME_BYTES:
+            del spec["fit"]["engine"]
         text = json.dumps([dict(self.factors), self.seed, spec, dict(settings)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

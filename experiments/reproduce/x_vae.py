@@ -20,6 +20,7 @@ from pvae.evaluation import (
     nearest_distance,
     whitened,
 )
+from pvae.files import locked
 from pvae.inference import fit
 from pvae.inference.isolation import device_of, evaluating
 from pvae.models import XVAE
@@ -28,7 +29,7 @@ from ..program import Program
 from ..spec import Spec, load_spec
 from ..stages import FirstStage, install, pretrain
 from .judge import Judge, evenly, judge
-from .ledger import Record, locked
+from .ledger import Record
 from .measures import likelihood, posterior, reconstructions, sigma_of
 from .plots import curves
 from .study import Cell, Context, Metrics, Scale, Source, Study, plain

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pvae.ops import batch_mean
+
 from .density_factor import DensityFactor
 from .expectation import Detach, expected_log_prob, log_prob_at, mean_log_prob
 from .targets import Target
@@ -226,7 +228,7 @@ def huber(s: Tensor, aim: Tensor, delta: float) -> Tensor:
 
 def _root_mean(loss: Tensor) -> Tensor:
     """Return, for each datum, the root of the mean loss of the batch, in value and in mean gradient."""
-    root = loss.detach().mean().sqrt()
+    root = batch_mean(loss.detach().mean()).sqrt()
     half = loss / (2 * (root + 1e-8))
     return half + (root - half.detach())
 

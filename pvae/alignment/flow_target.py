@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
+from pvae.moments import moments, restore_moments
+from pvae.ops import batch_mean_gradients
 from pvae.priors import CouplingFlow
 
 from .targets import DensityLike, Target
@@ -152,12 +154,7 @@ class FlowTarget(Target):
         """What the next :meth:`step` depends on: the flow and the moments of its optimiser."""
         state = {f"flow.{name}": tensor for name, tensor in self.flow.state_dict().items()}
         if self._optimizer is not None:
-            moments: dict[int, dict[str, Any]] = self._optimizer.state_dict()["state"]
-            state |= {
-                f"optimizer.{i}.{key}": torch.as_tensor(value)
-                for i, moment in moments.items()
-                for key, value in moment.items()
-            }
+            state |= moments(self._optimizer)
         return state
 
     def load_training_state(self, state: dict[str, Tensor]) -> None:
@@ -165,13 +162,8 @@ class FlowTarget(Target):
         self.flow.load_state_dict(
             {name.removeprefix("flow."): t for name, t in state.items() if name.startswith("flow.")}
         )
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in state.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                moments.setdefault(int(index), {})[key] = tensor
-        optimizer = self._optimizer = self._new_optimizer()
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        self._optimizer = self._new_optimizer()
+        restore_moments(self._optimizer, state)
 
     def _step(self, prior: Any, rows: Tensor) -> None:
         if self._optimizer is None:
@@ -184,6 +176,7 @@ class FlowTarget(Target):
                 # Gradients of the flow alone: the prior's parameters keep what they have. (Written into the
                 # parameters by autograd, in whose layout the fused optimiser takes them to be.)
                 loss.backward(inputs=list(self.flow.parameters()))
+                batch_mean_gradients(self.flow.parameters())
         finally:
             self.flow.requires_grad_(False)
         self._optimizer.step()

@@ -14,10 +14,15 @@ from ._seeds import derive_seed
 from .dataset import Source
 from .errors import DataError
 
-__all__ = ["Truth", "isotropic_log_density", "known_source", "positive"]
+__all__ = ["MOST_COMPONENTS", "Truth", "affordable", "isotropic_log_density", "known_source", "positive"]
+
+MOST_COMPONENTS = 10_000
+"""Components of a mixture, each of which is a class with a name."""
 
 # Rows times centres held at once while a density is computed.
 _BUDGET = 4_000_000
+# Numbers of a part: a few arrays of 512 MiB while they are drawn.
+_MOST = 2**26
 # Size of the validation part when none is asked for.
 _NUM_VALID = 2_000
 
@@ -63,9 +68,11 @@ def known_source(
         "valid": _NUM_VALID if request.valid is None else request.valid,
         "test": num_test,
     }
+    x_dim = truth.draw(np.random.default_rng(0), 1)[0].shape[1]
     for part, size in sizes.items():
         if size < (0 if part == "valid" else 1):
             raise DataError(f"{'valid' if part == 'valid' else f'num_{part}'} must be positive, got {size}")
+        affordable(**{"valid" if part == "valid" else f"num_{part}": size}, x_dim=x_dim)
     parts: dict[str, tuple[Tensor, Tensor | None]] = {}
     for part, size in sizes.items():
         if size > 0:
@@ -86,11 +93,20 @@ def known_source(
     )
 
 
-def positive(**values: float) -> None:
-    """Refuse values that are not positive, by their names."""
+def positive(*, most: float = 1e30, **values: float) -> None:
+    """Refuse values that are not positive, or larger than what is drawn with them can be, by their names."""
     for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
+        if not value > 0:
             raise DataError(f"{name} must be positive, got {value}")
+        if value > most:
+            raise DataError(f"{name} must be at most {most:g}, got {value}")
+
+
+def affordable(*, most: int = _MOST, **sizes: int) -> None:
+    """Refuse an array of these named sizes, before it is made, that would not fit into most memories."""
+    if math.prod(sizes.values()) > most:
+        named = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise DataError(f"{' x '.join(sizes)} must be at most {most}, got {named}")
 
 
 def isotropic_log_density(x: Tensor, centres: Tensor, log_weights: Tensor, std: float) -> Tensor:

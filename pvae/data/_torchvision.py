@@ -13,19 +13,22 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
+    "cifar10_sums",
     "datasets",
     "download_celeba",
+    "download_cifar10",
     "download_idx",
     "inception_network",
-    "read_cifar10",
-    "read_idx",
     "read_square",
 ]
+
+_FORMATS = ("JPEG", "PNG")
+# Pixels of an image, 48 MiB of them in colour, and its longer side in shorter ones.
+_PIXELS, _LONGEST = 2**24, 8
 
 
 @functools.cache
@@ -53,60 +56,55 @@ def _declare() -> torch.library.Library:
     return library
 
 
-def read_idx(kind: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
-    """Read one part of MNIST, FashionMNIST, KMNIST or EMNIST (letters) from checked files.
-
-    Args:
-        kind: Name of torchvision's class.
-        root: Folder that holds ``<kind>/raw``.
-        train: Whether to read the training part.
-
-    Returns:
-        Images, uint8, ``(N, 28, 28)``, and labels, int64, ``(N,)``, as stored.
-    """
-    options: dict[str, Any] = {"split": "letters"} if kind == "EMNIST" else {}
-    part = getattr(datasets(), kind)(str(root), train=train, download=False, **options)
-    return part.data, part.targets
-
-
 def download_idx(kind: str, root: Path) -> None:
     """Download all files of such a set into ``root``; torchvision checks their sums."""
     options: dict[str, Any] = {"split": "letters"} if kind == "EMNIST" else {}
     getattr(datasets(), kind)(str(root), train=True, download=True, **options)
 
 
-def read_cifar10(root: Path, *, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
-    """Read one part of CIFAR-10; torchvision checks the sums of its files before it unpickles them.
+def cifar10_sums() -> dict[str, str]:
+    """MD5 sums of the files of CIFAR-10 that hold images, by name, as published."""
+    published = datasets().CIFAR10
+    return dict((*published.train_list, *published.test_list))
 
-    Args:
-        root: Folder that holds ``cifar-10-batches-py``.
-        train: Whether to read the training part.
-        download: Whether to download the files first.
 
-    Returns:
-        Images, uint8, ``(N, 3, 32, 32)``, and labels, int64, ``(N,)``.
-    """
-    part = datasets().CIFAR10(str(root), train=train, download=download)
-    images = torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)))
-    return images, torch.tensor(part.targets, dtype=torch.int64)
+def download_cifar10(root: Path) -> None:
+    """Download CIFAR-10 into ``root``; torchvision checks the sums of the archive and of its files."""
+    datasets().CIFAR10(str(root), train=True, download=True)
 
 
 def read_square(path: Path, size: int) -> Tensor:
     """Read an image in colour, resize its shorter side to ``size`` and keep the middle square.
 
-    As ``Resize(size)`` and ``CenterCrop(size)`` of torchvision do, bilinearly.
+    As ``Resize(size)`` and ``CenterCrop(size)`` of torchvision do, bilinearly. Size and format are known
+    before anything is decoded: of Pillow's decoders one runs another program, and a small file can be a
+    picture of gigabytes.
 
     Args:
-        path: An image file.
+        path: An image file, JPEG or PNG.
         size: Height and width of the result.
 
     Returns:
         The image, uint8, ``(3, size, size)``.
+
+    Raises:
+        OSError: If it is no such file, or is truncated.
+        ValueError: If it has far more pixels than a photograph, or is a strip.
+        SyntaxError: If it is broken inside.
     """
-    image = datasets().folder.pil_loader(path)
+    datasets()  # past the operators that do not load
+    pillow = importlib.import_module("PIL.Image")
     functional = importlib.import_module("torchvision.transforms.functional")
+    try:
+        with pillow.open(path, formats=_FORMATS) as image:
+            short, long = sorted(image.size)
+            if short * long > _PIXELS or long > _LONGEST * short:
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
+            colour = image.convert("RGB")
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        raise ValueError(str(error)) from error
     square: Tensor = functional.pil_to_tensor(
-        functional.center_crop(functional.resize(image, [size]), [size])
+        functional.center_crop(functional.resize(colour, [size]), [size])
     )
     return square
 

@@ -27,6 +27,7 @@ _ATTRIBUTES = f"{_FOLDER}/list_attr_celeba.txt"
 _PARTITION = f"{_FOLDER}/list_eval_partition.txt"
 _WIDTH = 178
 _SMALL = 2**28  # bytes: 12,000 images of 86 x 86, half a minute of decoding
+_LONGEST = 2**26  # bytes of a list; that of attributes has 27 million
 _BITS = {"-1": 0, "1": 1}
 
 
@@ -194,6 +195,8 @@ def _read(root: Path) -> _Lists:
     """Parse both lists: of attributes (a number, the names, a row for each image) and of parts (rows)."""
     (count, *more), sha_attributes = _lines(root / _ATTRIBUTES)
     names = tuple(more[0].split()) if more else ()
+    if not all(name.isprintable() for name in names):
+        raise _corrupt(_ATTRIBUTES, "must name attributes in characters that can be shown", more[0])
     files: list[str] = []
     bits = bytearray()
     for number, line in enumerate(more[1:], start=3):
@@ -235,7 +238,10 @@ def _read(root: Path) -> _Lists:
 def _lines(path: Path) -> tuple[list[str], str]:
     """The lines of a list that are not empty, at least one, and the digest of the file."""
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise CorruptData(f"celeba: the file {path.name} must have at most {_LONGEST} bytes, got more")
         lines = [line for line in content.decode().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptData(f"celeba: the file {path.name} must be a text: {error}") from error
@@ -262,7 +268,7 @@ def _columns(lists: _Lists, attributes: int | Sequence[str]) -> list[int]:
         # Stable, so that attributes of one frequency stand in the order of the file.
         order: list[int] = frequency.argsort(descending=True, stable=True)[:attributes].tolist()
         return order
-    if isinstance(attributes, str) or not attributes or len(set(attributes)) < len(attributes):
+    if not attributes or len(set(attributes)) < len(attributes):
         raise DataError(f"attributes must be a number, or different names in a list, got {attributes!r}")
     for name in attributes:
         if name not in lists.names:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from . import _torchvision
-from ._files import Expected, missing, read_npz
+from ._files import missing
+from ._npz import Expected, read_npz
+from ._pickled import read_batch
 from ._request import Request
 from .dataset import Source
 from .errors import CorruptData, DataError, MissingData
@@ -68,20 +70,23 @@ def _full(request: Request) -> Source:
 
 def _read(root: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     parts = []
-    for train, number in ((True, 50_000), (False, 10_000)):
+    sums = _torchvision.cifar10_sums()
+    for files in ([f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]):
         try:
-            x, y = _torchvision.read_cifar10(root, train=train)
+            batches = [read_batch(root / _FOLDER / file, sums[file]) for file in files]
+            images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+            x, y = torch.from_numpy(images), torch.tensor([y for batch in batches for y in batch["labels"]])
         # An unpickled file of the wrong make fails in ways of its own (KeyError, EOFError, UnpicklingError).
         except Exception as error:
             raise CorruptData(
                 f"cifar10: the batches in {_FOLDER} must be the published files, whole: {error} "
                 "(download=True fetches them again)"
             ) from error
-        if tuple(x.shape) != (number, 3, 32, 32) or x.dtype != torch.uint8 or len(y) != number:
-            part = "training" if train else "test"
+        number = 10_000 * len(files)
+        if len(x) != number or x.dtype != torch.uint8 or y.shape != (number,) or y.dtype != torch.int64:
             raise CorruptData(
-                f"cifar10: {_FOLDER} must hold {number} {part} images of 3 x 32 x 32, "
-                f"got {tuple(x.shape)}, {x.dtype} with {len(y)} labels"
+                f"cifar10: {', '.join(files)} must hold {number} images of 3 x 32 x 32, "
+                f"got {len(x)}, {x.dtype}, with labels {tuple(y.shape)}, {y.dtype}"
             )
         if not 0 <= int(y.min()) <= int(y.max()) <= 9:
             raise CorruptData(f"cifar10: labels must lie in 0 ... 9, got {int(y.min())} ... {int(y.max())}")
@@ -94,7 +99,7 @@ def _download(request: Request) -> None:
     try:
         request.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=request.root) as folder:
-            _torchvision.read_cifar10(Path(folder), train=True, download=True)
+            _torchvision.download_cifar10(Path(folder))
             (request.root / _FOLDER).mkdir(exist_ok=True)
             for file in sorted((Path(folder) / _FOLDER).iterdir()):
                 os.replace(file, request.root / _FOLDER / file.name)

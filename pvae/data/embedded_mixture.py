@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._request import Request
 from ._seeds import derive_seed
-from ._synthetic import known_source, positive
+from ._synthetic import MOST_COMPONENTS, known_source, positive
 from .dataset import Source
 from .errors import DataError
 
@@ -22,6 +22,8 @@ __all__ = ["EmbeddedMixture", "embedded_mixture"]
 
 # Standard deviation of the padding.
 _PADDING_STD = 0.02
+# Of the data: the rotation is a square matrix.
+_WIDEST = 4_096
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def embedded_mixture(
     Args:
         request: What is asked for; ``valid`` is the size of the validation part (2,000).
         num_components: Number of components.
-        dim: Dimension of the data, at least 3.
+        dim: Dimension of the data, 3 ... 4096.
         variant: ``"random"``: means normal with standard deviation 4, cut at ±5, standard deviations normal
             around 0.5 with 0.02, cut at 0.4 and 0.6, for each component and direction; ``"ring"``: means
             evenly on a circle of radius 2.5, standard deviations 0.25.
@@ -129,9 +131,9 @@ def embedded_mixture(
         num_train: Size of the training part.
         num_test: Size of the test part.
     """
-    positive(num_components=num_components)
-    if dim < 3:
-        raise DataError(f"dim must be at least 3, got {dim}")
+    positive(num_components=num_components, most=MOST_COMPONENTS)
+    if not 3 <= dim <= _WIDEST:
+        raise DataError(f"dim must lie in 3 ... {_WIDEST}, got {dim}")
     if variant == "ring":
         angle = torch.arange(num_components, dtype=torch.float64) * (2 * math.pi / num_components)
         means = 2.5 * torch.stack((angle.cos(), angle.sin()), -1)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ._files import Expected, read_npz
+from ._npz import Expected, read_npz
 from ._request import Request
 from ._seeds import derive_seed
 from .dataset import Source

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._request import Request
 from ._seeds import derive_seed
-from ._synthetic import isotropic_log_density, known_source, positive
+from ._synthetic import MOST_COMPONENTS, isotropic_log_density, known_source, positive
 from .dataset import Source
 from .errors import DataError
 
@@ -63,7 +63,8 @@ def gaussian_mixture(
         num_train: Size of the training part.
         num_test: Size of the test part.
     """
-    positive(components=components, radius=radius, std=std)
+    positive(components=components, most=MOST_COMPONENTS)
+    positive(radius=radius, std=std)
     if layout == "ring":
         angle = torch.arange(components, dtype=torch.float64) * (2 * math.pi / components)
         centres = radius * torch.stack((angle.cos(), angle.sin()), -1)

@@ -4,9 +4,10 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_type_hints
 
 from ._files import data_root
+from ._options import check_options
 from ._request import Request
 from .binarized_mnist import binarized_mnist
 from .celeba import celeba
@@ -145,6 +146,8 @@ def load(
             raise DataError(
                 f"{name} must be given options that it has{_nearest(option, common)}, got {option!r}"
             )
+    chosen = {"binarize": binarize, "scale": scale, "dequantize": dequantize, "valid": valid, "seed": seed}
+    check_options(get_type_hints(load) | get_type_hints(loader), chosen | options)
     request = Request(name=name, root=data_root(root), download=download, valid=valid, seed=seed)
     source, choice = loader(request, **options), Choice(binarize, scale, dequantize, seed)
     return assemble(name, source, choice) if source.streams is None else stream(name, source, choice)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ._request import Request
 from ._synthetic import known_source, positive
 from .dataset import Source
+from .errors import DataError
 
 __all__ = ["Manifold", "Saddle", "SineManifold", "manifold", "saddle"]
 
@@ -21,6 +22,8 @@ __all__ = ["Manifold", "Saddle", "SineManifold", "manifold", "saddle"]
 _REACH = 11.0
 # No sample has a latent beyond this.
 _FAR = 8.0
+# Length of the manifold, per unit of the first latent, over the noise.
+_FINEST = 1e4
 # Rows times nodes held at once.
 _BUDGET = 1_000_000
 
@@ -209,7 +212,7 @@ def manifold(
         num_test: Size of the test part.
     """
     positive(noise=noise)
-    return known_source(request, SineManifold(noise), num_train=num_train, num_test=num_test)
+    return known_source(request, _checked(SineManifold(noise)), num_train=num_train, num_test=num_test)
 
 
 def saddle(
@@ -230,4 +233,13 @@ def saddle(
         num_test: Size of the test part.
     """
     positive(curvature=curvature, noise=noise)
-    return known_source(request, Saddle(noise, curvature), num_train=num_train, num_test=num_test)
+    truth = _checked(Saddle(noise, curvature))
+    return known_source(request, truth, num_train=num_train, num_test=num_test)
+
+
+def _checked(truth: Manifold) -> Manifold:
+    """Refuse noise that is too thin for the sums of the density, whose number of nodes grows as it falls."""
+    least = truth.speed() / _FINEST
+    if truth.noise < least:
+        raise DataError(f"noise must be at least {least:.2g}, got {truth.noise}")
+    return truth

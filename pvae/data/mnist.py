@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from . import _torchvision
-from ._files import check_idx, missing
+from ._files import check_idx, missing, read_idx
 from ._request import Request
 from .dataset import Source
 from .errors import CorruptData, DataError, MissingData
@@ -137,15 +137,9 @@ def _read(request: Request, idx: _Idx, parts: tuple[str, ...]) -> dict[str, tupl
     read = {}
     for part in parts:
         images, labels, number = idx.train if part == "train" else idx.test
-        try:
-            x, y = _torchvision.read_idx(idx.kind, request.root, train=part == "train")
-        except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
-            raise CorruptData(f"{request.name}: the file {images} cannot be read: {error}") from error
-        if tuple(x.shape) != (number, 28, 28) or tuple(y.shape) != (number,):
-            raise CorruptData(
-                f"{request.name}: {images} must hold {number} labelled images of 28 x 28, "
-                f"got images of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}"
-            )
+        folder = request.root / idx.kind / "raw"
+        x = read_idx(request.name, folder / images, (number, 28, 28))
+        y = read_idx(request.name, folder / labels, (number,)).long()
         low, high = idx.labels
         if not low <= int(y.min()) <= int(y.max()) <= high:
             raise CorruptData(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._request import Request
 from ._seeds import derive_seed
-from ._synthetic import known_source, positive
+from ._synthetic import affordable, known_source, positive
 from .dataset import Source
 
 __all__ = ["PPCA", "ppca"]
@@ -75,6 +75,9 @@ def ppca(
         num_test: Size of the test part.
     """
     positive(x_dim=x_dim, z_dim=z_dim, noise=noise)
+    affordable(x_dim=x_dim, z_dim=z_dim)
+    for name, size in {"num_train": num_train, "num_test": num_test, "valid": request.valid or 0}.items():
+        affordable(**{name: size}, z_dim=z_dim)
     generator = np.random.default_rng(derive_seed(request.name, request.seed, "parameters"))
     W = torch.from_numpy(generator.standard_normal((x_dim, z_dim)))
     truth = PPCA(W, torch.from_numpy(generator.standard_normal(x_dim)), noise)

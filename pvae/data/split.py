@@ -71,6 +71,7 @@ class Split:
         self._positions = positions
         self._fixed: Tensor | None = None
         self._x: Tensor | None = None
+        self._share = (0, 1)
 
     @property
     def name(self) -> str:
@@ -125,6 +126,36 @@ class Split:
             tensor = getattr(self, name)
             setattr(moved, name, None if tensor is None else tensor.to(device))
         return moved
+
+    def share(self, number: int, of: int) -> "Split":
+        """Return this split with one share of each of its batches, for one of several processes.
+
+        The shares of a batch are together the batch that :meth:`batches` gives otherwise, in its order, and
+        equal in size where the batch can be divided so; one without data is left out.
+
+        Args:
+            number: Which share, from 0.
+            of: Number of shares.
+
+        Raises:
+            ValueError: If there is no such share.
+        """
+        if not 0 <= number < of:
+            raise ValueError(f"number must lie in 0 ... {of - 1}, one of {of} shares, got {number}")
+        part = copy.copy(self)
+        part._share = (number, of)
+        return part
+
+    def _shares(self, bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Cut this split's share out of each batch."""
+        number, of = self._share
+        if of == 1:
+            return bounds
+        cut = [
+            (first + (last - first) * number // of, first + (last - first) * (number + 1) // of)
+            for first, last in bounds
+        ]
+        return [(first, last) for first, last in cut if first < last]
 
     def sample(self, index: Tensor) -> Batch:
         """Return the batch at ``index`` as training sees it.
@@ -181,12 +212,37 @@ class Split:
         Raises:
             ValueError: If there is no such batch.
         """
+        order, bounds = self._plan(batch_size, seed, epoch, drop_last, start, shuffle)
+        return self._iterate(order, bounds, seed=seed, epoch=epoch)
+
+    def indices(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        drop_last: bool,
+        start: int = 0,
+        shuffle: bool = True,
+    ) -> Iterator[Tensor]:
+        """Iterate over the positions of the data of :meth:`batches`, on the split's device, without the data.
+
+        Args and errors are those of :meth:`batches`; :meth:`sample` gives the data.
+        """
+        order, bounds = self._plan(batch_size, seed, epoch, drop_last, start, shuffle)
+        order = order.to(self.device)
+        return (order[first:last] for first, last in bounds)
+
+    def _plan(
+        self, batch_size: int, seed: int, epoch: int, drop_last: bool, start: int, shuffle: bool
+    ) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Return the order of an epoch, and where in it its batches begin and end."""
         number = self.num_batches(batch_size, drop_last=drop_last)
         if not 0 <= start <= number:
             raise ValueError(f"start must lie in 0 ... {number}, the number of batches, got {start}")
         order = epoch_order(len(self), seed=seed, epoch=epoch, shuffle=shuffle)
         bounds = [(i * batch_size, min((i + 1) * batch_size, len(self))) for i in range(start, number)]
-        return self._iterate(order, bounds, seed=seed, epoch=epoch)
+        return order, self._shares(bounds)
 
     def _iterate(
         self, order: Tensor, bounds: list[tuple[int, int]], *, seed: int, epoch: int

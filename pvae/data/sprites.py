@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._request import Request
 from ._seeds import derive_seed
+from ._synthetic import affordable
 from .dataset import Source
 from .errors import DataError
 
@@ -184,6 +185,8 @@ def sprites(
         raise DataError(
             f"num_train, valid and num_test must be positive, got {', '.join(map(str, sizes.values()))}"
         )
+    for part, size in sizes.items():
+        affordable(**{part if part == "valid" else f"num_{part}": size}, pixels=_SIZE**2, most=2**30)
     parts: dict[str, tuple[Tensor, Tensor | None]] = {}
     for part, size in sizes.items():
         if size > 0:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -172,6 +173,7 @@ class StreamingSplit(Split):
             num_workers=workers,
             prefetch_factor=self._prefetch if workers else None,
             pin_memory=pinned,
+            worker_init_fn=_apart,
             # Without a generator of its own it would draw a number from the global one.
             generator=torch.Generator().manual_seed(seed),
         )
@@ -376,8 +378,13 @@ class _Fetch(TorchDataset[Any]):
     def _read(self, position: int) -> Read:
         datum = self._dataset[position]
         x, y = (*datum, None)[:2] if isinstance(datum, tuple | list) else (datum, None)
-        x = _tensor(x)
         what = f"{self._where}: x of datum {position}"
+        if hasattr(x, "getbands") and self.x_shape not in ((), _image_shape(x)):
+            # Said before it is decoded, as that may take any amount of memory.
+            shape = _image_shape(x)
+            x.close()
+            raise CorruptData(f"{what} must have shape {self.x_shape}, got {shape}")
+        x = _tensor(x)
         if x.ndim == 0 or x.shape != (self.x_shape or x.shape):
             raise CorruptData(f"{what} must have shape {self.x_shape or 'x_shape'}, got {tuple(x.shape)}")
         whole = not x.is_floating_point()
@@ -400,6 +407,11 @@ class _Fetch(TorchDataset[Any]):
         return Read(x, y.to(torch.int64 if y.ndim == 0 else torch.float32))
 
 
+def _image_shape(image: Any) -> tuple[int, ...]:
+    """Shape that an image of Pillow will have, which may not be decoded yet."""
+    return (len(image.getbands()), image.height, image.width)
+
+
 def _tensor(x: Any) -> Tensor:
     """A tensor of what a dataset gave; images of Pillow get their channels in front."""
     if isinstance(x, Tensor):
@@ -412,3 +424,11 @@ def _tensor(x: Any) -> Tensor:
 
 def _as_is(read: Any) -> Any:
     return read
+
+
+def _apart(worker: int) -> None:
+    """Leave the group of processes that Ctrl-C in a terminal, or ``torchrun``, sends its signals to: data are
+    read until the process that reads them has come to the end of its step, and ends its workers itself.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

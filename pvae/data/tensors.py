@@ -8,10 +8,11 @@ from torch import Tensor
 from .dataset import PARTS, Choice, Data, Source, assemble
 from .errors import CorruptData, DataError
 
-__all__ = ["checked_labels", "from_tensors"]
+__all__ = ["check_dense", "checked_labels", "from_tensors"]
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def from_tensors(
@@ -66,6 +67,7 @@ def from_tensors(
     given = {part: x for part, x in zip(PARTS, (train, valid, test), strict=True) if x is not None}
     for part, x in given.items():
         _check_x(part, x, train)
+    given = {part: x.detach() for part, x in given.items()}
     labels = checked_labels(y, given, class_names, attribute_names)
     source = _source(given, levels=levels, scale=scale)
     source.parts = {part: (source.parts[part][0], labels.get(part)) for part in given}
@@ -77,6 +79,7 @@ def from_tensors(
 def _check_x(part: str, x: Tensor, train: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{part} must be a tensor, got {type(x).__name__}")
+    check_dense(part, x)
     if x.dtype not in (*_WHOLE, *_FLOATS, torch.bool):
         raise DataError(f"{part} must hold whole numbers, bools or floats, got {x.dtype}")
     if x.ndim < 2 or x.numel() == 0:
@@ -90,6 +93,24 @@ def _check_x(part: str, x: Tensor, train: Tensor) -> None:
         finite = x.flatten(1).isfinite().all(1)
         if not finite.all():
             raise CorruptData(f"{part} must be finite, got nan or inf in datum {int(finite.int().argmin())}")
+    if x.dtype == torch.float64:
+        largest, datum = x.detach().flatten(1).abs().amax(1).max(0)
+        if float(largest) > _LARGEST:
+            raise DataError(
+                f"{part} must lie within ±{_LARGEST:.3g}, the range of float32, in which data are kept, "
+                f"got ±{float(largest):.3g} in datum {int(datum)}"
+            )
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Refuse a tensor whose entries are not all there, one behind the other.
+
+    Raises:
+        DataError: If it is sparse, nested, or of the device "meta".
+    """
+    if x.is_nested or x.layout != torch.strided or x.is_meta:
+        kind = "a nested" if x.is_nested else "a meta" if x.is_meta else f"a {x.layout}"
+        raise DataError(f"{name} must be a dense tensor that holds numbers, got {kind} tensor")
 
 
 def _source(given: dict[str, Tensor], *, levels: int | None, scale: str) -> Source:
@@ -187,6 +208,7 @@ def _labels(y: Tensor | Mapping[str, Tensor] | None, given: Mapping[str, Sized])
         label = labels[part]
         if not isinstance(label, Tensor):
             raise TypeError(f"y of {part} must be a tensor, got {type(label).__name__}")
+        check_dense(f"y of {part}", label)
         if label.ndim not in (1, 2) or len(label) != len(x):
             raise DataError(
                 f"y of {part} must have shape ({len(x)},) or ({len(x)}, L), got {tuple(label.shape)}"

@@ -11,8 +11,12 @@ from torch import Tensor
 from ._request import Request
 from ._synthetic import isotropic_log_density, known_source, positive
 from .dataset import Source
+from .errors import DataError
 
 __all__ = ["TwoMoons", "two_moons"]
+
+# Noise: the nodes of the density, whose number grows with its inverse, are found in their number's square.
+_LEAST = 0.005
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def two_moons(
         num_test: Size of the test part.
     """
     positive(noise=noise)
+    if noise < _LEAST:
+        raise DataError(f"noise must be at least {_LEAST}, got {noise}")
     truth = TwoMoons(noise)
     return known_source(
         request, truth, num_train=num_train, num_test=num_test, class_names=("upper", "lower")

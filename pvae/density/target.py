@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from pvae.files import write_atomically
+
 from .estimator import DensityEstimator, Scored
 from .kde import KDE
 from .neighbours import Floats, Progress
@@ -275,12 +277,7 @@ class DensityTarget:
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = self._tensors()
         header = {_KEY: self._header(), "sha256": _digest_of_content(self._header(), tensors)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(to_bytes(tensors, header))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, to_bytes(tensors, header))
         return path
 
     @classmethod
@@ -312,7 +309,20 @@ class DensityTarget:
             raise ValueError(f"path must hold a target written by save, got {path}")
         if _digest_of_content(header[_KEY], tensors) != header.get("sha256"):
             raise ValueError(f"{path} is damaged: its content does not have the checksum written with it")
-        notes = json.loads(header[_KEY])
+        try:
+            return cls._rebuilt_from(tensors, json.loads(header[_KEY]), projection, estimator)
+        # A checksum can be made by anyone: what is not as save writes it fails in any of these ways.
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{path} holds no target as save writes it: {error!r:.200}") from None
+
+    @classmethod
+    def _rebuilt_from(
+        cls,
+        tensors: dict[str, Tensor],
+        notes: dict[str, Any],
+        projection: Projection | None,
+        estimator: DensityEstimator | None,
+    ) -> Self:
         state = {
             name.removeprefix("projection."): tensors[name].numpy()
             for name in tensors
@@ -334,7 +344,8 @@ class DensityTarget:
 
     def _restore_estimator(self) -> None:
         assert self.estimator is not None
-        assert self.embedding is not None
+        if self.embedding is None:
+            raise KeyError("embedding")
         self.estimator.restore(
             self.embedding.numpy(),
             self.log_density.numpy(),

@@ -19,7 +19,8 @@ class IndependentBernoulli(dist.TorchDistribution):
 
     The density of ``Bernoulli(logits=logits).to_event(event_dim)``, which takes the sign of every entry
     before it sums, forwards and backwards; here the sum comes first, and a training step on 784 pixels is
-    some hundredths cheaper.
+    some hundredths cheaper. Without gradients it is formed as :math:`\log \mathrm{sigmoid}(l_i) - (1 - x_i)
+    l_i`, the same to the bit for bits, in fewer passes over memory.
 
     Args:
         logits: Log-odds, shape ``(*batch, *event_shape)``.
@@ -63,6 +64,10 @@ class IndependentBernoulli(dist.TorchDistribution):
         """Log-mass in nats, of the batch shape that ``value`` and the distribution broadcast to."""
         if self._validate_args:
             self._validate_sample(value)
+        if not torch.is_grad_enabled():
+            # The value stays as small as it is: it mostly lacks the logits' dimension of particles.
+            terms = torch.addcmul(F.logsigmoid(self.logits), 1 - value, self.logits, value=-1)
+            return terms.flatten(-self.event_dim).sum(-1)
         logits, value = torch.broadcast_tensors(self.logits, value)
         cost = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
         return -cost.flatten(-self.event_dim).sum(-1)

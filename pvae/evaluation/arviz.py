@@ -15,7 +15,8 @@ from pvae.inference.progress import reporting
 
 from .blocks import BLOCK, BLOCK_NUMBERS, block_of, block_seed, rows_per_pass
 from .latents import _call, _run, latent_names
-from .likelihood import _latents, _summary
+from .likelihood import _summary, looked_at
+from .memory import Budget, check_memory
 from .sample_quality import Shown, shown
 from .weights import draw, held_out, log_weights
 
@@ -187,7 +188,8 @@ class _Posterior:
         self.model, self.guide, self.x, self.y = model, guide, x, y
         self.num_draws, self.num_particles = num_draws, num_particles
         self.predictive, self.seed = predictive, seed
-        self.size, self.noisy, _ = _latents(model, guide, x, y)
+        self.door = looked_at(model, guide, x, y)
+        self.size, self.noisy = self.door.size, self.door.noisy
         _check_size("posterior", num_draws * len(x) * self.size)
         self.values: dict[str, list[Tensor]] = {}
         self.predicted: list[Tensor] = []
@@ -202,14 +204,17 @@ class _Posterior:
         block = min(BLOCK, max(1, BLOCK_NUMBERS // (total * self.size)))
         rounding = 64 * torch.finfo(self.x.dtype if self.x.is_floating_point() else torch.float32).eps
         rows = rows_per_pass(self.x)
+        budget = Budget(check_memory(None, self.x.device), self.x.device)
+        through_guide, through_model = self.door.rows(budget, total, block)
         for start in range(0, len(self.x), block):
             part = slice(start, min(start + block, len(self.x)))
             width = part.stop - part.start
             padded = block_of(self.x, self.y, start, block)
             own = block_seed(self.seed, start // block)
-            drawn = draw(self.guide, *padded, total, own)
+            drawn = draw(self.guide, *padded, total, own, rows=through_guide)
             data = self.x[part], None if self.y is None else self.y[part]
-            log_w = log_weights(self.model, *(padded if self.noisy else data), [drawn], rows)[:, :width]
+            scored = padded if self.noisy else data
+            log_w = log_weights(self.model, *scored, [drawn], rows, fitting=through_model)[:, :width]
             log_w = log_w.cpu().double()
             self.columns.append(_summary(log_w.T, rounding, start))
             log_w = log_w.reshape(self.num_draws, self.num_particles, width)

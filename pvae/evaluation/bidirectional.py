@@ -141,6 +141,8 @@ def bidirectional(
     num_leapfrog: int = 2,
     start: Literal["guide", "prior"] = "guide",
     batch_size: int | None = None,
+    memory: int | None = None,
+    compile: bool = False,
     seed: int = 0,
     level: float = 0.95,
     progress: bool | None = None,
@@ -177,6 +179,10 @@ def bidirectional(
         num_leapfrog: Leapfrog steps of a transition.
         start: As in :func:`annealed_likelihood`.
         batch_size: Data in one pass; by default as many as fit into a few megabytes.
+        memory: Bytes that a pass keeps within; fewer chains at a time where they need more. See
+            :func:`log_likelihood`.
+        compile: Whether densities and gradients go through ``torch.compile``: chains take the same steps up
+            to rounding, which over many can turn an acceptance. See :func:`log_likelihood`.
         seed: Seed of the data and the chains.
         level: Coverage of the intervals over data.
         progress: Whether to show a bar; by default on a terminal only.
@@ -208,6 +214,8 @@ def bidirectional(
             num_leapfrog=num_leapfrog,
             seed=seed,
             batch_size=batch_size,
+            memory=memory,
+            compile=compile,
             simulate=True,
         )
         for chains in annealer.passes():

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvae.data import Batch, Split
-from pvae.inference.checkpoint import write_atomically
+from pvae.files import write_atomically
 from pvae.inference.isolation import evaluating, isolated_rng
 from pvae.inference.progress import reporting
 
@@ -139,15 +139,24 @@ class LabelClassifier(nn.Module):
         Raises:
             ValueError: If the file holds something else.
         """
-        with safe_open(str(path), framework="pt") as file:
-            notes = file.metadata() or {}
-            if _KEY not in notes:
-                raise ValueError(f"path must hold a classifier written by save, got {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                notes = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        except SafetensorError as error:
+            raise ValueError(f"path must be a safetensors file, but {path} is not: {error}") from None
+        if _KEY not in notes:
+            raise ValueError(f"path must hold a classifier written by save, got {path}")
+        try:
             config: dict[str, Any] = json.loads(notes[_KEY])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        classifier = cls(tuple(config.pop("x_shape")), **config)
-        classifier.load_state_dict(state)
-        return classifier.to(device).eval()
+            # Without memory, which the file may ask for in any amount: what it holds takes the place.
+            with torch.device("meta"):
+                classifier = cls(tuple(config.pop("x_shape")), **config)
+            classifier.load_state_dict(state, assign=True)
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} holds no classifier as save writes it: {reason}") from None
+        return classifier.to(device, torch.get_default_dtype()).eval()
 
     def _evaluate(self, net: nn.Module, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.x_shape:
@@ -196,7 +205,7 @@ def fit_classifier(
         The classifier, in evaluation mode.
 
     Raises:
-        ValueError: If the data have no labels, or a setting is not positive.
+        ValueError: If the data have no labels, a setting is not positive, or training diverges.
     """
     if epochs is not None and epochs < 1:
         raise ValueError(f"epochs must be positive, got {epochs}")
@@ -230,6 +239,8 @@ def fit_classifier(
                 report((epoch + 1) * per_epoch, "" if valid is None else f"valid {best:.3f}")
     if kept is not None:
         classifier.load_state_dict(kept)
+    if not all(bool(tensor.isfinite().all()) for tensor in classifier.state_dict().values()):
+        raise ValueError(f"lr must leave the classifier's weights finite, got {lr:g}, at which it diverged")
     return classifier.eval()
 
 

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from pvae.data import Split
 from pvae.distributions import declared
+from pvae.inference.distributed import Team
 from pvae.inference.isolation import device_of, evaluating
 from pvae.inference.program import Program, SiteRecorder, particle_plate
 from pvae.inference.progress import reporting
 from pvae.priors import DiffusionPrior
 
 from .blocks import BLOCK, block_of, block_seed, rows_per_pass
-from .likelihood import _summary
+from .likelihood import _summary, looked_at
+from .memory import Budget, check_memory
 from .pareto import khat_share
 from .weights import draw, exact, held_out, log_weights
 
@@ -165,7 +167,9 @@ def nested_likelihood(
     num_times: int = 32,
     seed: int = 0,
     batch_size: int | None = None,
+    memory: int | None = None,
     progress: bool | None = None,
+    team: Team | None = None,
 ) -> NestedEstimate:
     r"""Bound log p(x) of a model whose outermost latent u has a density that is only bounded.
 
@@ -185,7 +189,7 @@ def nested_likelihood(
     running the programs; diffusion priors of the model give their bound meanwhile. Every term is a
     log-density at a draw. Programs run in evaluation mode and are left, as are generators and Pyro's param
     store, exactly as they were. Draws are seeded by a datum's position, in blocks of 32: estimates depend
-    neither on ``batch_size`` nor on the other data.
+    neither on ``batch_size`` nor on ``memory`` nor on the other data.
 
     Args:
         model: The model program; u comes before its other latents.
@@ -198,7 +202,10 @@ def nested_likelihood(
         seed: Seed of the draws.
         batch_size: Data per pass of the model; particles are chunked to keep a pass within a few megabytes.
             Affects time and memory alone.
+        memory: Bytes that draws and passes are to keep within, as in :func:`log_likelihood`; the draws of u
+            themselves, ``num_draws`` of each datum of a block, are made in one pass.
         progress: Whether to show a bar; by default on a terminal only.
+        team: Processes that share the work, as in :func:`log_likelihood`.
 
     Returns:
         The estimate, with its errors, the ELBO, the rate of u and the KL of every latent.
@@ -220,8 +227,10 @@ def nested_likelihood(
     x, y, protocol = held_out(model, x, y)
     device = device_of(model, guide)
     rounding = 64 * torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps
-    parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
-    evidence: list[tuple[Tensor, Tensor]] = []
+    budget = Budget(check_memory(memory, device), device)
+    parts: list[tuple[Tensor, ...]] = []
+    latents: list[str] = []
+    team = team or Team()
     with (
         evaluating(model, guide),
         _bounding(model, num_times),
@@ -232,7 +241,10 @@ def nested_likelihood(
         outer = _outer_sites(model, guide, x, y)
         rows = rows_per_pass(x)
         step = BLOCK * max(1, (batch_size or BLOCK) // BLOCK)
-        for start in range(0, len(x), step):
+        through_guide, through_model = looked_at(model, guide, x, y).rows(
+            budget, max(1, rows // BLOCK), BLOCK, step // BLOCK
+        )
+        for start in team.share(range(0, len(x), step)):
             part = slice(start, min(start + step, len(x)))
             drawn = [
                 _draw_outer(model, guide, *block_of(x, y, i, BLOCK), num_draws, _seed(seed, i), outer)
@@ -251,26 +263,31 @@ def nested_likelihood(
                         len(chunk),
                         _seed(seed, start + i * BLOCK, 1 + int(chunk[0])),
                         {name: value[index] for name, value in u.items()},
+                        through_guide,
                     )
                     for i, (u, _) in enumerate(drawn)
                 ]
                 scored = x[part], None if y is None else y[part]
-                log_w.append(log_weights(model, *scored, draws, rows, outer).cpu().double())
+                log_w.append(log_weights(model, *scored, draws, rows, outer, through_model).cpu().double())
             inner = torch.cat(log_w).unflatten(0, (num_draws, num_particles))
             rate = torch.stack([kl[name] for name in outer]).sum(0)
             bounds, elbos = inner.logsumexp(1) - math.log(num_particles) - rate, inner.mean(1) - rate
             _check_numbers(bounds, start)
             found = [_summary(log_w_u.T, rounding, start)[2:4] for log_w_u in inner]
             khat, ess = (torch.stack(column) for column in zip(*found, strict=True))
-            evidence.append((khat.amax(0), ess.amin(0)))
-            parts.append((bounds, elbos.mean(0), {name: ratio.mean(0) for name, ratio in kl.items()}))
+            latents = list(kl)
+            means = (ratio.mean(0) for ratio in kl.values())
+            parts.append((bounds, elbos.mean(0), khat.amax(0), ess.amin(0), *means))
             report(part.stop)
-    bounds = torch.cat([bound for bound, _, _ in parts], 1)
+    latents = team.tell(latents)  # some may have had no data
+    columns = list(zip(*team.collect(parts), strict=True))
+    bounds = torch.cat(columns[0], 1)
+    elbo, khat, ess, *kl_means = (torch.cat(column) for column in columns[1:])
     error = bounds.std(0) / math.sqrt(num_draws) if num_draws > 1 else torch.full_like(bounds[0], math.nan)
     return NestedEstimate(
         bounds.mean(0),
-        torch.cat([elbo for _, elbo, _ in parts]),
-        {name: torch.cat([ratios[name] for _, _, ratios in parts]) for name in parts[0][2]},
+        elbo,
+        dict(zip(latents, kl_means, strict=True)),
         error,
         outer,
         num_particles,
@@ -280,8 +297,8 @@ def nested_likelihood(
         protocol,
         conditional=y is not None,
         proposal=getattr(guide, "proposal_name", None),
-        pareto_k=torch.cat([khat for khat, _ in evidence]),
-        ess=torch.cat([ess for _, ess in evidence]),
+        pareto_k=khat,
+        ess=ess,
     )
 
 

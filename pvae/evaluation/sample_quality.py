@@ -203,8 +203,9 @@ def sample_quality(
         y = None if y is None else y.to(device)
         torch.manual_seed(seed)
         sets = []
-        for made in (_samples(model, x, y, values), x.split(_ROWS), train.x.split(_ROWS)):
-            sets.append(_features(features, made, unit))
+        for made in (_samples(model, x, y, values), test.x.to(device).split(_ROWS), train.x.split(_ROWS)):
+            # An extractor is asked about data as the set has them, whatever the precision of the programs.
+            sets.append(_features(features, (part.to(test.x.dtype) for part in made), unit))
             report(len(sets) * num)
     ours, real, other = sets
     return SampleQuality(

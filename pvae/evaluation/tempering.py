@@ -15,6 +15,7 @@ the prior instead, :math:`f_\beta = p(z)\, p(x \mid z)^\beta`.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,20 +25,21 @@ import torch
 from torch import Tensor
 
 from pvae.distributions import declared
-from pvae.inference.program import Program, Site, SiteRecorder, particle_plate
+from pvae.inference.program import Program
 
 from .blocks import BLOCK, BLOCK_NUMBERS, block_of, block_seed, rows_per_pass
 from .hmc import Noise, Point, transition
-from .latents import _call, _run, latent_names
+from .latents import _run, latent_names
 from .layout import Layout, check_real
-from .weights import _log_prob, _precision, draw, exact
+from .memory import Budget, check_memory
+from .path import Path, Paths, bytes_of_state
+from .weights import draw, exact
 
 __all__ = [
     "FORWARD",
     "REVERSE",
     "Annealer",
     "Chains",
-    "Path",
     "Schedule",
     "betas_of",
     "chain_weights",
@@ -109,58 +111,6 @@ def origin_of(start: str, guide: Program | None) -> Program | None:
     return guide if start == "guide" else None
 
 
-class Path:
-    """Both ends of the path for some data, with gradients: one run of the model, one of the guide.
-
-    A guide of one latent runs once for all: its distribution is that of x alone. One of several runs again
-    for every state, as its lower latents may hang on the upper ones.
-
-    Args:
-        model: The model program.
-        guide: The guide, or ``None`` for a path that starts from the prior.
-        x: Data, shape ``(B, *x_shape)``.
-        y: Contexts.
-        layout: The latents.
-    """
-
-    def __init__(
-        self, model: Program, guide: Program | None, x: Tensor, y: Tensor | None, layout: Layout
-    ) -> None:
-        self.model, self.guide, self.x, self.y, self.layout = model, guide, x, y, layout
-        self._fixed: Site | None = None
-        if guide is not None and len(layout.names) == 1:
-            self._fixed = _run(guide, x, y, replace=exact)[layout.names[0]]
-
-    def __call__(self, z: Tensor) -> Point:
-        """Evaluate states ``(K, B, D)``."""
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            values = self.layout.sites(z)
-            shape = (z.shape[0], z.shape[1])
-            with SiteRecorder(values) as p, particle_plate(shape[0]):
-                _call(self.model, self.x, self.y)
-            log_z = _sum([p.sites[name] for name in values], shape, z, "model")
-            log_x = _sum([s for s in p.sites.values() if s.observed and not s.is_factor], shape, z, "model")
-            if self.guide is None:
-                log_start, grad_start = log_z, _gradient(log_z, z, keep=True)
-                log_end, grad_end = log_z + log_x, grad_start + _gradient(log_x, z)
-            else:
-                log_start, log_end = self._log_q(values, shape, z), log_z + log_x
-                # Both may share a network, as those of a ladder do, but no node of a graph.
-                grad_start, grad_end = _gradient(log_start, z), _gradient(log_end, z)
-        return Point(z.detach(), log_start.detach(), log_end.detach(), grad_start, grad_end)
-
-    def _log_q(self, values: dict[str, Tensor], shape: tuple[int, int], z: Tensor) -> Tensor:
-        assert self.guide is not None
-        if self._fixed is not None:
-            sites = [replace(self._fixed, value=values[self._fixed.name])]
-        else:
-            with SiteRecorder(values, replace=exact) as q, particle_plate(shape[0]):
-                _call(self.guide, self.x, self.y)
-            sites = [q.sites[name] for name in values]
-        return _sum(sites, shape, z, "guide")
-
-
 @dataclass(frozen=True)
 class _Steps:
     """Leapfrog steps for every place of the path: of the nearest place that the preliminary run came by."""
@@ -223,6 +173,8 @@ class Annealer:
         batch_size: Data in one pass, rounded to blocks; by default as many as fit.
         moves_at_end: Whether chains also move at the last place.
         simulate: Whether the model's own draws take the place of x.
+        memory: Bytes that a pass keeps within; the default of :func:`log_likelihood` if ``None``.
+        compile: Whether densities and gradients are compiled.
 
     Raises:
         ValueError: For sizes that are not positive, or programs that cannot be annealed.
@@ -242,6 +194,8 @@ class Annealer:
         batch_size: int | None,
         moves_at_end: bool = False,
         simulate: bool = False,
+        memory: int | None = None,
+        compile: bool = False,
     ) -> None:
         _check_sizes(num_chains=num_chains, num_leapfrog=num_leapfrog, batch_size=batch_size)
         self.model, self.guide, self.x, self.y = model, guide, x, y
@@ -255,19 +209,36 @@ class Annealer:
         self._block = min(BLOCK, max(1, BLOCK_NUMBERS // (num_chains * self.layout.size)))
         rows = rows_per_pass(x)
         fitting = batch_size or rows // max(_TRIAL_CHAINS, min(num_chains, _GROUP))
-        self._blocks = max(1, fitting // self._block)
+        budget = Budget(check_memory(memory, x.device), x.device)
+        states = budget.rows(bytes_of_state(model, guide, x, y, self.layout), quick=False)
+        self._states = states
+        self._blocks = max(1, min(fitting, states) // self._block)
         # A short path is walked slowly, for steps to follow it.
         most = _MOST_KNOTS if len(self.places) >= 2 * _MOST_KNOTS else _MOST_KNOTS // 2
         self._knots = min(len(self.places), most)
         self._stay = min(_LONGEST_STAY, _MOST_KNOTS // max(1, self._knots))
+        self._paths = Paths(model, guide, self.layout, states, self._evaluations(), compile)
 
     @property
     def gradient_evaluations(self) -> int:
         """Gradients of the joint density that a run costs a datum, the preliminary run's included."""
         if not self.places:
             return self.num_chains
-        trial = _TRIAL_CHAINS * (1 + (_WARM_UP + self._knots * self._stay) * self.num_leapfrog)
-        return trial + self.num_chains * (1 + len(self.places) * self.num_leapfrog)
+        there = self.num_chains * (1 + len(self.places) * self.num_leapfrog)
+        return _TRIAL_CHAINS * (1 + self._trial * self.num_leapfrog) + there
+
+    @property
+    def _trial(self) -> int:
+        """Transitions of the preliminary run."""
+        return _WARM_UP + self._knots * self._stay if self.places else 0
+
+    def _evaluations(self) -> Counter[int]:
+        """How often the densities of some data are asked for, by the number of chains."""
+        counts = Counter({_TRIAL_CHAINS: self._trial * self.num_leapfrog})
+        for start in range(0, self.num_chains, _GROUP):
+            ways = 2 if self.simulate else 1
+            counts[min(_GROUP, self.num_chains - start)] += ways * len(self.places) * self.num_leapfrog
+        return counts
 
     def passes(self) -> Iterator[Chains]:
         """Prepare the data pass by pass: draw the starts, find the steps."""
@@ -285,7 +256,7 @@ class Annealer:
                 truth = torch.cat([z for _, z in made])[:num]
             x = torch.cat([x for x, _ in blocks])[:num]
             y = None if self.y is None else self.y[part]
-            path = Path(self.model, self.guide, x, y, self.layout)
+            path = self._paths(x, y)
             # The seeds of importance sampling itself: with one step the two are the same.
             z = self._draws(blocks, seeds, self.num_chains)[:, :num]
             chains = Chains(part, path, z, None, truth, seeds, self._block)
@@ -298,7 +269,7 @@ class Annealer:
         self, blocks: list[tuple[Tensor, Tensor | None]], seeds: tuple[int, ...], num_chains: int
     ) -> Tensor:
         found = [
-            draw(self._proposal, x, y, num_chains, seed)[0]
+            draw(self._proposal, x, y, num_chains, seed, rows=self._states)[0]
             for (x, y), seed in zip(blocks, seeds, strict=True)
         ]
         return torch.cat([self.layout.vectors(values) for values in found], 1)
@@ -457,23 +428,6 @@ def _check_sizes(num_chains: int, num_leapfrog: int, batch_size: int | None) -> 
 
 def _is_observed(msg: Any) -> bool:
     return bool(msg["type"] == "sample" and msg["is_observed"])
-
-
-def _sum(sites: list[Site], shape: tuple[int, int], z: Tensor, program: str) -> Tensor:
-    """Add up log-densities in double precision, shape ``(K, B)``."""
-    total = torch.zeros(shape, dtype=_precision(z.device), device=z.device)
-    for site in sites:
-        total = total + _log_prob(site, shape, program)
-    return total
-
-
-def _gradient(log_prob: Tensor, z: Tensor, keep: bool = False) -> Tensor:
-    if not log_prob.requires_grad:
-        return torch.zeros_like(z)
-    (gradient,) = torch.autograd.grad(
-        log_prob.sum(), z, retain_graph=keep, allow_unused=True, materialize_grads=True
-    )
-    return gradient
 
 
 def _stream(seed: int, stream: int) -> int:

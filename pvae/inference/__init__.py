@@ -2,6 +2,7 @@
 
 from .calibrate import calibrate_diffusion, measure_sigma
 from .checkpoint import CheckpointError, load_parameters
+from .distributed import PeerFailure, Team
 from .fit import fit
 from .loop import Monitor, Run
 from .objective import ELBO
@@ -13,7 +14,9 @@ __all__ = [
     "CheckpointError",
     "Monitor",
     "NonFiniteLoss",
+    "PeerFailure",
     "Run",
+    "Team",
     "Trainer",
     "calibrate_diffusion",
     "fit",

@@ -1,20 +1,24 @@
 """How one step's loss and gradients are computed: by running the programs, or from a graph of them."""
 
-from typing import Any, Literal, Protocol
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from .isolation import isolated_rng
 from .objective import ELBO
 from .program import Program
+from .recompiling import recompiling
+from .recording import NotTraceable, record
 
-__all__ = ["EagerEngine", "Engine", "EngineName", "GraphEngine", "make_engine"]
+__all__ = ["ENGINES", "AutoEngine", "EagerEngine", "Engine", "GraphEngine", "Pair", "make_engine"]
 
-EngineName = Literal["eager", "graph"]
+ENGINES = ("eager", "traced", "graph", "auto")
+"""What :func:`make_engine` knows."""
 
-_QUESTIONS = (torch.ops.aten.is_same_size.default, torch.ops.aten._has_same_storage_numel.default)
+_STEPS_BEFORE_TRACING = 100
 
 
 class Engine(Protocol):
@@ -45,72 +49,115 @@ class EagerEngine:
 
 
 class GraphEngine:
-    """Traces forward and backward pass once per shape into one graph without Pyro in it, and compiles that.
+    """Records forward and backward pass once per shape as one graph without Pyro in it, and runs that.
 
     ``torch.compile`` of a Pyro program breaks into pieces at every site; the graph of the joint forward and
     backward pass, recorded by ``make_fx`` while Pyro runs, is tensor operations alone. Random draws stay in
     it. Python branches and numbers are frozen at the first batch: whatever changes from step to step enters
-    as a tensor.
+    as a tensor. Each graph is compared with the programs once, when it is made.
 
     Args:
         objective: The objective.
         model: The model program.
         guide: The guide program.
-        compile: Whether to hand the graph to ``torch.compile`` (needs a C++ compiler on a CPU); otherwise
-            it is run operation by operation.
+        compile: Whether to hand the graph to ``torch.compile`` (needs a C++ compiler on a CPU); otherwise it
+            is simplified (:func:`~pvae.inference.simplify.simplify`) and run operation by operation: the
+            values of the eager engine, to the bit.
     """
 
     def __init__(self, objective: ELBO, model: nn.Module, guide: nn.Module, compile: bool = True) -> None:
         self.names: tuple[str, ...] = ()
-        self._pair = _Pair(objective, model, guide)
+        self._pair = Pair(objective, model, guide)
         self._compile = compile
-        self._graphs: dict[Any, Any] = {}
+        self._steps: dict[Any, Any] = {}
         self._trained = {n: p for n, p in self._pair.named_parameters() if p.requires_grad}
         held = {n: p for n, p in self._pair.named_parameters() if not p.requires_grad}
         self._held = held | dict(self._pair.named_buffers())
+        self._parameters = tuple(self._trained.values())
+        self._tensors = (*self._parameters, *self._held.values())
 
     def __call__(self, args: tuple[Tensor, ...], beta: Tensor) -> Tensor:
-        inputs = (list(self._trained.values()), list(self._held.values()), args, beta)
         key = tuple((t.shape, t.dtype, t.device) for t in args)
-        if key not in self._graphs:
-            self._graphs[key] = self._trace(inputs)
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = self._run_of(args, beta)
         # The graph holds its own backward pass: autograd need not look at it.
         with torch.no_grad():
-            vector, gradients = self._graphs[key](*inputs)
-        for parameter, gradient in zip(self._trained.values(), gradients, strict=True):
-            parameter.grad = _laid_out(gradient, parameter)
+            vector, *gradients = step(*self._tensors, *args, beta)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = _laid_out(gradient, parameter) if self._compile else gradient
         return vector
 
-    def _trace(self, inputs: tuple[Any, ...]) -> Any:
-        from torch.fx.experimental.proxy_tensor import make_fx
+    def graph(self, args: tuple[Tensor, ...], beta: Tensor) -> fx.GraphModule:
+        """Record a step on such arguments, and simplify it unless it is to be compiled.
 
-        def traced(trained: Any, held: Any, args: Any, beta: Any) -> Any:
-            return self._loss_and_gradients(trained, held, args, beta)
+        Parameters, buffers and generators are left as they are.
 
-        trained, held, args, beta = inputs
-        # Tracing runs the programs once: its draws must not be missing from the training run, nor what it
-        # does to buffers (running statistics) be in it. The graph does the same to those it is given.
-        with isolated_rng(beta.device):
-            graph = make_fx(traced)(trained, [t.detach().clone() for t in held], args, beta)
-        _drop_questions(graph)
+        Raises:
+            NotTraceable: If the graph would not do what the programs do.
+        """
+
+        def copies() -> list[Tensor]:
+            return [*self._parameters, *(t.detach().clone() for t in self._held.values()), *args, beta]
+
+        return record(self._step, copies, beta.device, simplified=not self._compile)
+
+    def _run_of(self, args: tuple[Tensor, ...], beta: Tensor) -> Any:
+        graph = self.graph(args, beta)
         self.names = self._pair.names
         if not self._compile:
-            return graph
+            return graph.forward  # without what modules do around it
         # Inductor's search for a channels-last layout takes a graph that holds its own backward pass for
         # inference, and slows convolutions down by a fifth.
-        return torch.compile(graph, dynamic=False, fullgraph=True, options={"layout_optimization": False})
+        options: Any = {"layout_optimization": False}
+        return recompiling(torch.compile(graph, dynamic=False, fullgraph=True, options=options))
 
-    def _loss_and_gradients(
-        self, trained: list[Tensor], held: list[Tensor], args: tuple[Tensor, ...], beta: Tensor
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        leaves = [p.detach().requires_grad_() for p in trained]
-        state = dict(zip(self._trained, leaves, strict=True)) | dict(zip(self._held, held, strict=True))
-        vector = functional_call(self._pair, state, (args, beta))
+    def _step(self, *tensors: Tensor) -> list[Tensor | None]:
+        """Loss and parts, then the gradient of each parameter, from parameters, buffers, arguments, beta."""
+        count = len(self._trained)
+        leaves = [p.detach().requires_grad_() for p in tensors[:count]]
+        state = dict(zip((*self._trained, *self._held), (*leaves, *tensors[count:]), strict=False))
+        *args, beta = tensors[len(state) :]
+        vector = functional_call(self._pair, state, (tuple(args), beta))
         gradients = torch.autograd.grad(vector[0], leaves, allow_unused=True)
-        return vector.detach(), list(gradients)
+        return [vector.detach(), *map(_laid_out, gradients, leaves)]
 
 
-class _Pair(nn.Module):
+class AutoEngine:
+    """Runs graphs where the programs can be traced, and the programs themselves where they cannot.
+
+    Both give the same values, so that a run may go from one to the other at any step. The programs are run at
+    first: a recording takes as long as a hundred small steps, which a short run would not get back.
+
+    Attributes:
+        note: Called with a sentence when programs cannot be traced; by default a warning.
+    """
+
+    def __init__(self, objective: ELBO, model: nn.Module, guide: nn.Module) -> None:
+        self.names: tuple[str, ...] = ()
+        self._eager = EagerEngine(objective, model, guide)
+        self._engine: Engine = self._eager
+        self._graphs = GraphEngine(objective, model, guide, compile=False)
+        self._left = _STEPS_BEFORE_TRACING
+        self.note: Callable[[str], object] = warnings.warn
+
+    def __call__(self, args: tuple[Tensor, ...], beta: Tensor) -> Tensor:
+        if self._left == 0:
+            self._engine = self._graphs
+        self._left -= 1
+        try:
+            vector = self._engine(args, beta)
+        except NotTraceable as error:
+            self.note(
+                f"a step of these programs cannot be traced, as {error.reason}: engine 'eager' in its place"
+            )
+            self._engine = self._eager
+            vector = self._engine(args, beta)
+        self.names = self._engine.names
+        return vector
+
+
+class Pair(nn.Module):
     """Model and guide as one module, so that one call can exchange the parameters of both."""
 
     def __init__(self, objective: ELBO, model: nn.Module, guide: nn.Module) -> None:
@@ -133,15 +180,6 @@ def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     return torch.empty_like(parameter).copy_(gradient)
 
 
-def _drop_questions(graph: Any) -> None:
-    """Take out what autograd asked about shapes while it was recorded: its answers are no tensors, which a
-    compiler refuses, and nobody reads them. Forward-mode derivatives leave many."""
-    for node in list(graph.graph.nodes):
-        if node.target in _QUESTIONS and not node.users:
-            graph.graph.erase_node(node)
-    graph.recompile()
-
-
 def make_engine(name: str, objective: ELBO, model: nn.Module, guide: nn.Module, compile: bool) -> Engine:
     """Build an engine by name.
 
@@ -150,9 +188,13 @@ def make_engine(name: str, objective: ELBO, model: nn.Module, guide: nn.Module, 
     """
     if name == "eager":
         return EagerEngine(objective, model, guide)
+    if name == "traced":
+        return GraphEngine(objective, model, guide, compile=False)
     if name == "graph":
         return GraphEngine(objective, model, guide, compile)
-    raise ValueError(f"engine must be 'eager' or 'graph', got {name!r}")
+    if name == "auto":
+        return AutoEngine(objective, model, guide)
+    raise ValueError(f"engine must be {', '.join(map(repr, ENGINES[:-1]))} or {ENGINES[-1]!r}, got {name!r}")
 
 
 def _vector(

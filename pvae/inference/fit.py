@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from pvae.data import Data, Split, from_tensors
 
+from .distributed import Team
 from .isolation import device_of
 from .loop import Callback, Loop, Monitor, Run
 from .objective import ELBO, Kind
+from .precision import Precision
 from .progress import reporting
 from .schedule import Schedule
+from .threads import threads_set
 from .trainer import OptimizerChoice, Trainer
 
 __all__ = ["fit"]
@@ -40,7 +43,9 @@ def fit(
     patience: int | None = None,
     engine: str = "eager",
     compile: bool = True,
+    precision: Precision = "float32",
     device: str | torch.device | None = None,
+    threads: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -48,8 +53,9 @@ def fit(
     checkpoint_every: float = 30.0,
     callbacks: Sequence[Callback | Monitor] = (),
     progress: bool | None = None,
+    distributed: bool | None = None,
 ) -> Run:
-    """Train model and guide by stochastic variational inference.
+    r"""Train model and guide by stochastic variational inference.
 
     The batches' order and every random draw follow from ``seed``; torch's own generators are left as they
     were. With ``out``, rows go to ``metrics.jsonl`` and checkpoints to ``checkpoints/``; a run that was
@@ -73,9 +79,22 @@ def fit(
         grad_clip: Largest gradient norm of the loss in nats per datum.
         ema: Decay of a moving average of the parameters, which then validates and is what remains.
         patience: Stop after so many epochs without a better validation loss, and return the best.
-        engine: ``"eager"``, or ``"graph"`` (faster after a minute of compilation).
-        compile: Whether the graph engine compiles its graph.
+        engine: ``"eager"``; ``"traced"``, one graph of tensor operations without Pyro or autograd in it, to
+            the same values, or ``"auto"``, which is that from the hundredth step on where the programs can be
+            traced, and ``"eager"`` else; ``"graph"``, that graph compiled (faster after a minute); or
+            ``"cuda_graph"``: on a CUDA device the whole step, from the gathering of the batch to the moving
+            average, captured once and replayed. What cannot be captured is trained by the engine ``"graph"``
+            (a step that waits for the host: by ``"eager"``), and a sentence in the run's ``notes`` says why.
+        compile: Whether the graph engine compiles its graph; of ``"cuda_graph"``, whether such a graph is
+            what is captured.
+        precision: ``"float32"``; or ``"bf16"``: in training, the networks of both programs under autocast to
+            bfloat16. Parameters, gradients, log-densities and sums are in float32 all the same, and so is all
+            of a flow, of :math:`r(u \mid x)`, of a posterior made of Jacobians
+            (:class:`pvae.inference.precision.Networks` says why), and every evaluation. Programs that do not
+            run so are trained in float32, and a sentence in the run's ``notes`` says why.
         device: Where to train; by default where the model lies.
+        threads: Threads of torch on the CPU until this returns; by default as many as before. Another number
+            sums in another order: a run is repeated or resumed to the bit on its own.
         seed: Seed of order and draws.
         out: The run's folder.
         resume: Go on from the last checkpoint in ``out``, if there is one.
@@ -84,19 +103,30 @@ def fit(
         callbacks: Called with the run and each new row, once it is written. A
             :class:`pvae.inference.Monitor` is asked before instead, and what it measures is in the row.
         progress: Whether to show a bar; by default on a terminal only.
+        distributed: Whether to share each batch with the other processes that ``torchrun`` started, or of the
+            process group that is initialised; by default if there are any. All of them then call ``fit`` with
+            the same arguments; ``batch_size`` is that of all together. The first process alone writes, shows
+            the bar, and calls callbacks.
 
     Returns:
         The run, with its history.
 
     Raises:
         ValueError: For a setting out of range, in one sentence, before anything is changed.
-        NonFiniteLoss: If the loss became NaN or infinite: names the term, the step and the batch's data.
+        NonFiniteLoss: If the loss, a gradient, a parameter or the validation loss became NaN or infinite:
+            names the term or parameter, the step and the batch's data. The programs then hold the parameters
+            and buffers of the last row of the history (or of the start), the last checkpoint is as it was.
         KeyboardInterrupt: On SIGINT or SIGTERM, after the step in hand, with a checkpoint written.
-        CheckpointError: If ``resume`` finds a damaged checkpoint, or one of another program.
+        CheckpointError: If ``resume`` finds no sound checkpoint, or one of another program. Where the last
+            one is damaged it warns and goes on from the one before it.
+        pvae.files.Busy: If another process trains in ``out``.
+        pvae.files.WriteError: If a file cannot be written; the last checkpoint stands.
     """
     began = time.monotonic()
     train, valid = _splits(data)
+    team = Team.find(distributed)
     if device is not None:
+        device = team.place(device)
         model.to(device)
         guide.to(device)
     place = device_of(model, guide)
@@ -106,6 +136,8 @@ def fit(
         raise ValueError("patience needs a validation split, and the data have none")
     if not isinstance(objective, ELBO):
         objective = ELBO(objective, num_particles, free_bits)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be positive, got {threads}")
     if log_every is not None and log_every < 1:
         raise ValueError(f"log_every must be positive, got {log_every}")
     trainer = Trainer(
@@ -121,8 +153,10 @@ def fit(
         ema=ema,
         engine=engine,
         compile=compile,
+        precision=precision,
         seed=seed,
         window=log_every or min(100, per_epoch),
+        team=team,
     )
     loop = Loop(
         trainer=trainer,
@@ -137,11 +171,15 @@ def fit(
         callbacks=tuple(callback for callback in callbacks if not isinstance(callback, Monitor)),
         monitors=tuple(callback for callback in callbacks if isinstance(callback, Monitor)),
     )
-    loop.prepare(resume)
-    model.train()
-    guide.train()
-    with reporting("training", total, progress) as report:
-        loop.go(report)
+    loop.run.notes = trainer.notes
+    with threads_set(threads), loop.claimed():
+        loop.prepare(resume)
+        model.train()
+        guide.train()
+        with reporting("training", total, progress if team.leads else False) as report:
+            for note in trainer.notes:
+                report(trainer.step_count, note)
+            loop.go(report)
     loop.run.seconds = time.monotonic() - began
     return loop.run
 

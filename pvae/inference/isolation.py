@@ -53,6 +53,24 @@ class Generators:
         version, python_words, gauss = random.getstate()
         return cls(tensors, {"numpy": [kind, *rest], "python": [version, list(python_words), gauss]})
 
+    @classmethod
+    def saved(cls, tensors: dict[str, Tensor], meta: Any, device: torch.device) -> "Generators":
+        """Take states out of a file, once they are tried: NumPy reads where its position points to.
+
+        Raises:
+            RuntimeError: If they are no states of the generators.
+        """
+        states = cls(tensors, meta)
+        try:
+            kind, position, has_gauss, _ = meta["numpy"]
+            if kind != "MT19937" or position not in range(625) or has_gauss not in (0, 1):
+                raise ValueError(f"{kind!r} at {position!r}")
+            with isolated_rng(device):
+                states.resume(device)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RuntimeError(f"the states of the generators are none: {error!r}") from None
+        return states
+
     def resume(self, device: torch.device) -> None:
         """Make the generators go on from here."""
         torch.set_rng_state(self.tensors["cpu"])

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from pvae.alignment import DensityFactor
 from pvae.distributions import declared
-from pvae.ops import log_mean_exp
+from pvae.ops import batch_mean, log_mean_exp
 
 from .program import Program, Site, SiteRecorder, particle_plate
 
@@ -154,7 +154,7 @@ class ELBO(pyro.infer.ELBO):
                 _square_weights(values, log_w)
             loss = -log_mean_exp(log_w, 0).mean() if log_w.ndim > 1 else -log_w.mean()
         else:
-            penalties = [k.clamp(min=self.free_bits) if self.free_bits else k for k in kl.values()]
+            penalties = [_penalty(k, self.free_bits) if self.free_bits else k for k in kl.values()]
             loss = reconstruction + beta * _sum(penalties)
             loss = loss - _sum(factor.values()) if factor else loss
         loss = loss + _sum(extra) if extra else loss
@@ -236,6 +236,12 @@ class ELBO(pyro.infer.ELBO):
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     """Add tensors without the extra zero that ``sum`` starts from: each operation counts on a small net."""
     return functools.reduce(operator.add, terms)
+
+
+def _penalty(kl: Tensor, free_bits: float) -> Tensor:
+    """Return a site's KL where its mean over the batch is above the free bits, and those elsewhere."""
+    # NaN is not below: it must be seen.
+    return torch.where(batch_mean(kl.detach()) < free_bits, free_bits, kl)
 
 
 def _square_weights(values: dict[str, Tensor], log_w: Tensor) -> None:

@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pvae.ops import batch_mean
+
 from .base import Likelihood
 
 __all__ = ["Normal"]
@@ -228,7 +230,7 @@ class Normal(Likelihood):
         r""":math:`\sigma_*` of a batch, without gradient."""
         learning = torch.is_grad_enabled()
         with torch.no_grad():
-            mse = self.mean_squared_error(params, x)
+            mse = batch_mean(self.mean_squared_error(params, x))
             if learning:
                 # In place, so that a traced graph does it to the module's own tensors.
                 self.average_mse.mul_(_DECAY).add_(mse, alpha=1 - _DECAY)

@@ -306,7 +306,7 @@ def test_a_damaged_image_is_named(own: Path, content: bytes | str, workers: int)
         ({"attributes": 41}, "got 41"),
         (
             {"attributes": "Attribute_1"},
-            "attributes must be a number, or different names in a list, got 'Att",
+            "attributes must be a whole number of 64 bits or a list, each of it a text, got 'Att",
         ),
         ({"attributes": ()}, r"different names in a list, got \(\)"),
         ({"attributes": ["Attribute_1"] * 2}, "different names in a list, got"),

@@ -197,7 +197,7 @@ def test_who_has_a_density_in_the_plane() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim": 2}, "dim must be at least 3, got 2"),
+        ({"dim": 2}, r"dim must lie in 3 \.\.\. 4096, got 2"),
         ({"num_components": 0}, "num_components must be positive, got 0"),
         ({"variant": "rings"}, "variant must be 'random' or 'ring', got 'rings'"),
         ({"num_test": 0}, "num_test must be positive, got 0"),

@@ -1,5 +1,7 @@
 """Streaming gives what memory gives: the same batches, in the same order, with the same noise."""
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -277,3 +279,15 @@ def test_refusals() -> None:
         from_datasets(
             TensorDataset(torch.full((3, 2), torch.nan)), name="m", fingerprint="1", levels=None, scale="real"
         )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no groups of processes")
+def test_signals_to_the_group_of_a_process_do_not_reach_those_that_read_for_it() -> None:
+    # Such as Ctrl-C in a terminal: the step in hand still needs its data.
+    def group(position: int) -> Tensor:
+        return torch.tensor([os.getpgrp() == os.getpid(), os.getpgrp() == ours], dtype=torch.uint8)
+
+    ours = os.getpgrp()
+    data = from_datasets(Made(group), name="groups", fingerprint="1", num_workers=1, scale="count")
+    read = torch.cat([batch.x for batch in data.train.batches(10, seed=0, epoch=0, drop_last=True)])
+    assert read.tolist() == [[1.0, 0.0]] * 50

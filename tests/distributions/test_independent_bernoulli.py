@@ -67,6 +67,18 @@ def test_value_and_gradient_equal_those_of_nested_distributions() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("logits_shape", "shape"), [((9, 7, 4, 4), (7, 4, 4)), ((7, 4, 4), (9, 7, 4, 4))])
+def test_without_gradients_it_is_the_same_to_the_bit(
+    dtype: torch.dtype, logits_shape: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    d = IndependentBernoulli(30 * torch.randn(logits_shape, dtype=dtype), 2)
+    x = (torch.rand(shape) < 0.5).to(dtype)
+    with torch.no_grad():
+        found = d.log_prob(x)
+    assert torch.equal(found, d.log_prob(x))
+
+
 def test_it_is_traceable() -> None:
     def log_prob(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return IndependentBernoulli(logits, 1).log_prob(x)

@@ -29,6 +29,8 @@ def draws(*shape: int, seed: int = 0) -> Tensor:
 
 
 def report(model: Any, guide: Any, x: Any, y: Tensor | None = None, **settings: Any) -> AlignmentReport:
+    if isinstance(x, Tensor) and x.dtype == torch.float64:
+        model.double()  # data are taken to the precision of the model
     return alignment_report(model, guide, x, y, **{"num_bootstrap": 20, **settings})
 
 

@@ -1,5 +1,6 @@
 """The classifier: that it learns in seconds, leaves nothing behind, and comes back from its file."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any, Literal
@@ -104,9 +105,15 @@ def test_a_file_brings_it_back(kind: Literal["class", "attributes"], shape: Any,
 def test_another_file_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="path must hold a classifier written by save"):
-        LabelClassifier.load(tmp_path / "other.safetensors")
+        LabelClassifier.load(path)
+    config = json.dumps({"x_shape": [3], "kind": ["x" * 3000], "size": 2})
+    save_file({"x": torch.zeros(1)}, path, {"pvae.LabelClassifier": config})
+    with pytest.raises(ValueError, match="holds no classifier as save writes it: kind must be") as caught:
+        LabelClassifier.load(path)
+    assert len(str(caught.value)) < 600
 
 
 def test_training_follows_its_seed_and_leaves_the_generators() -> None:

@@ -1,11 +1,11 @@
 """A run that was judged, part by part, with the least sizes: for tests that read it and leave it as it is."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from pvae.experiments import evidence, load_spec, open_run
+from pvae.experiments import evidence, jobs, load_spec, open_run
 from pvae.experiments.evidence import Budget, Part
 from pvae.experiments.jobs import train
 from pvae.experiments.runs import OpenRun
@@ -30,6 +30,14 @@ class LeastPace(evidence._Pace):
 
     def seconds(self, part: Part) -> float:
         return 0.0
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Train without the pictures at the end, which take ten times as long as the few steps of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "_pictures", lambda *_: [])
+        yield
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from pvae.experiments.jobs import train
 from pvae.experiments.runs import RunError, open_run
 from pvae.experiments.spec import AlignKeys
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = [
     "z_dim=3",
     "encoder.hidden=[16]",

@@ -16,6 +16,9 @@ from pvae.experiments.compare import HEADER, compare, to_markdown
 from pvae.experiments.jobs import Trained, compare_bounds, evaluate, train
 from pvae.experiments.runs import RunFolder, open_run
 from pvae.experiments.spec import load_spec
+from pvae.files import unsealed
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 SMALL = [
     "pseudoinput.size=2",
@@ -177,7 +180,7 @@ def test_nested_bounds_are_rows_of_their_own(runs: Path) -> None:
 
 
 def test_another_number_of_steps_is_another_row(runs: Path, copy: Path) -> None:
-    records = json.loads((copy / "evaluation.json").read_text())
+    records = [unsealed(record) for record in json.loads((copy / "evaluation.json").read_text())]
     records[0]["calibrated"] = False
     (copy / "evaluation.json").write_text(json.dumps(records))
     (rows,) = compare([copy, runs / "dvp-1"]).values()

@@ -14,6 +14,8 @@ from pvae.experiments.jobs import train
 from pvae.experiments.runs import RunError
 from pvae.experiments.spec import load_spec
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = [
     "fit.epochs=1",
     "encoder.hidden=[8]",

@@ -25,6 +25,8 @@ from pvae.experiments.runs import RunError, RunFolder
 from pvae.inference.checkpoint import load as load_checkpoint
 from pvae.priors import CouplingFlow
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = [
     "data=gaussian_mixture",
     "data.binarize=none",

@@ -28,6 +28,8 @@ from pvae.priors import DiffusionPrior
 from tests.data.conftest import real_root
 from tests.ladders import jolted, ladder, linear_
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SPEC = LadderSpec((1, 8, 8), ((4, 2), (2, 1)), channels=4)
 
 

@@ -18,7 +18,10 @@ from pvae.experiments.compare import HEADER, compare, to_markdown
 from pvae.experiments.jobs import Trained, better_bound, evaluate, train
 from pvae.experiments.runs import RunFolder
 from pvae.experiments.spec import Evaluate
+from pvae.files import unsealed, unsealed_text
 from pvae.guides import laplace_proposal
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -190,10 +193,10 @@ def test_without_a_named_proposal_the_table_is_as_it_was(runs: Path) -> None:
 
 def test_records_from_before_there_was_a_choice_drew_from_the_guide(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "normal-0", tmp_path / "normal-0"))
-    (record,) = json.loads((run / "evaluation.json").read_text())
+    (record,) = map(unsealed, json.loads((run / "evaluation.json").read_text()))
     del record["settings"]["proposal"], record["proposal"]
     (run / "evaluation.json").write_text(json.dumps([record]))
-    text = (run / "spec.toml").read_text()
+    text = unsealed_text((run / "spec.toml").read_text())
     (run / "spec.toml").write_text(text.replace('proposal = "auto"\n', ""))
     ((old,),) = compare([run]).values()
     ((new,),) = compare([runs / "normal-0"]).values()

@@ -21,6 +21,7 @@ from pvae.experiments.report.blocks import Block, from_markdown
 from pvae.experiments.report.sections import SECTIONS
 from pvae.experiments.report.svg import to_svg
 from pvae.experiments.runs import RunFolder
+from pvae.files import sealed, unsealed, unsealed_text
 
 from .pages import Page
 
@@ -190,11 +191,11 @@ def test_a_spec_alone_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_comes_from_files_is_text(copy: Path) -> None:
-    spec = (copy / "spec.toml").read_text()
+    spec = unsealed_text((copy / "spec.toml").read_text())
     name = json.dumps(EVIL)
     (copy / "spec.toml").write_text(spec.replace('"Gaussian VAE on 8x8 digits"', name))
     for path in (copy / "evidence").glob("*.json"):
-        record = json.loads(path.read_text())
+        record = unsealed(json.loads(path.read_text()))
         record["text"] = EVIL + record["text"]
         if path.stem == "codes":
             record["result"]["labels"] = [EVIL] * len(record["result"]["labels"])
@@ -222,14 +223,14 @@ def test_what_comes_from_files_is_text(copy: Path) -> None:
 
 def test_parts_of_other_parameters_are_not_shown(copy: Path) -> None:
     pointer = copy / "checkpoints" / "final.json"
-    pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"sha256": "0" * 64}))
+    pointer.write_text(json.dumps(sealed(unsealed(json.loads(pointer.read_text())) | {"sha256": "0" * 64})))
     page = Page(render([copy]))
     assert "was not diagnosed" in page.all("header")[0].text
 
 
 def test_left_out_parts_say_why_in_their_section(copy: Path) -> None:
     path = copy / "evidence" / "gaps.json"
-    record = json.loads(path.read_text())
+    record = unsealed(json.loads(path.read_text()))
     del record["result"], record["text"]
     path.write_text(json.dumps(record | {"left_out": "a latent is no real number"}))
     page = Page(render([copy]))

@@ -41,12 +41,12 @@ from pvae.experiments.reproduce import (
 )
 from pvae.experiments.reproduce.cvae_nf import _rare
 from pvae.experiments.reproduce.judge import held_out
-from pvae.experiments.reproduce.ledger import locked
 from pvae.experiments.reproduce.measures import posterior, reconstructions
 from pvae.experiments.reproduce.runner import _work
 from pvae.experiments.reproduce.tables import Column, by_protocol, differences, interval, table
 from pvae.experiments.runs import RunError
 from pvae.experiments.spec import Spec, load_spec
+from pvae.files import Busy, locked
 from pvae.inference import NonFiniteLoss
 
 ROOT = Path(__file__).parents[2]
@@ -353,7 +353,7 @@ def test_a_worker_ends_when_nobody_sends(tmp_path: Path) -> None:
 
 def test_one_study_at_a_time_in_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    with locked(tmp_path / ".lock"), pytest.raises(RunError, match="another process is at work"):
+    with locked(tmp_path / ".lock"), pytest.raises(Busy, match="another process is at work"):
         run(Coins(), "smoke", context_of(tmp_path), progress=False)
     assert len(run(Coins(), "smoke", context_of(tmp_path), progress=False)) == 6
 

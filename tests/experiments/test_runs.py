@@ -14,6 +14,7 @@ from pvae.experiments.jobs import evaluate, sample, train
 from pvae.experiments.runs import RunFolder
 from pvae.experiments.sampling import Wanted
 from pvae.experiments.spec import Evaluate
+from pvae.files import unsealed_text
 from pvae.inference import NonFiniteLoss
 
 SMALL = [
@@ -233,7 +234,7 @@ def _other_data(path: Path) -> None:
 
 
 def _other_program(path: Path) -> None:
-    text = (path / "spec.toml").read_text()
+    text = unsealed_text((path / "spec.toml").read_text())
     (path / "spec.toml").write_text(text.replace("z_dim = 2", "z_dim = 3"))
 
 

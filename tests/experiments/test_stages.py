@@ -16,6 +16,8 @@ from pvae.experiments.spec import parse
 from pvae.experiments.stages import FirstStage, install, pretrain
 from pvae.nn import WhitenedDecoder, WhitenedEncoder
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SHORT = ["autoencoder.epochs=2", "fit.steps=3", "evaluate.num_particles=4", "evaluate.limit=12"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pvae import log_likelihood
 from pvae.testing import ExactnessError, check_likelihood_estimator
 from tests.testing.faults import (
     AnalyticKL,
@@ -41,6 +42,15 @@ def test_ours_passes_everything() -> None:
     report = check_likelihood_estimator()
     assert report.applied == ALL
     assert report.subject == "log_likelihood"
+
+
+def test_in_many_passes_it_passes_everything() -> None:
+    """Particles that no pass of networks can hold at once."""
+
+    def within_a_budget(*arguments: Any, **settings: Any) -> Any:
+        return log_likelihood(*arguments, **settings, memory=2**22)
+
+    assert check_likelihood_estimator(within_a_budget).applied == ALL
 
 
 def test_a_hand_written_estimator_passes_everything() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.testing.mutations import MUTATIONS, ROOT, Mutation, main, mutated, run
+from tests.testing.mutations import MUTATIONS, ROOT, Mutation, Runner, main, mutated
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -21,15 +21,16 @@ def test_a_mutation_that_lost_its_place_is_refused() -> None:
         mutated(mutation, "x + x")
 
 
-def test_run_names_the_test_that_breaks(tmp_path: Path) -> None:
+def test_a_run_names_the_test_that_breaks(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text("def test_one():\n    assert 1 == 2, 'one is not two'\n")
-    broken = run(tmp_path, ("test_a.py", "one"))
-    assert broken is not None
-    assert broken.startswith("test_one")
-    (tmp_path / "test_a.py").write_text("def test_one():\n    pass\n")
-    assert run(tmp_path, ("test_a.py", "one")) is None
-    with pytest.raises(RuntimeError, match="pytest could not run test_b"):
-        run(tmp_path, ("test_b.py", "one"))
+    with Runner() as run:
+        broken = run(tmp_path, ("test_a.py", "one"))
+        assert broken is not None
+        assert broken.startswith("test_one")
+        (tmp_path / "test_a.py").write_text("def test_one():\n    pass\n")
+        assert run(tmp_path, ("test_a.py", "one")) is None
+        with pytest.raises(RuntimeError, match="pytest could not run test_b"):
+            run(tmp_path, ("test_b.py", "one"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Numbers gone wrong, and data at the edge of what data can be: every case has one defined behaviour."""
