@@ -64,7 +64,8 @@ def record(
             graph = make_fx(step)(*copies())
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        # Whatever it is, that of the tracer or of a program under it: run eagerly, a program's own is raised.
+        except Exception as error:
             raise NotTraceable(f"recording it failed ({_first_line(error)})") from error
         end = Generators.now(device)
         if end.meta != start.meta or not torch.equal(end.tensors["numpy"], start.tensors["numpy"]):

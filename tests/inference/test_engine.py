@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import pvae
 from pvae.experiments.bench.steps import CASES
@@ -377,8 +378,16 @@ def _counting() -> Callable[[Tensor], Any]:
     return lambda x: float(next(calls))
 
 
+def _refusing(x: Tensor) -> float:
+    """As an extension that knows no tracer."""
+    if get_proxy_mode() is not None:
+        raise TypeError("not while traced")
+    return 1.0
+
+
 ODD: dict[str, tuple[Callable[[], Callable[[Tensor], Any]], str]] = {
     "item": (lambda: lambda x: float(x.sum()), "recording it failed"),
+    "an error of another kind": (lambda: _refusing, r"recording it failed \(not while traced\)"),
     "branch": (lambda: lambda x: 1.0 if x.sum() > 0 else 2.0, "recording it failed"),
     "python": (lambda: lambda x: random.random(), "generators of Python or NumPy"),
     "numpy": (lambda: lambda x: float(np.random.rand()), "generators of Python or NumPy"),  # noqa: NPY002
