@@ -2,7 +2,7 @@
 
 By hand, for instance::
 
-    python -m tests.survival.kill_loop --kills 140 --out experiments/results/survival.json
+    python -m tests.survival.kill_loop --kills 160 --out experiments/results/survival.json
 """
 
 import argparse
@@ -60,6 +60,14 @@ def _smoke(recipe: str, *changes: str, moments: Sequence[Moment] = ()) -> Smoke:
 
 SMOKE: dict[str, Smoke] = {
     "vae": _smoke("vae", *_TINY),
+    # Past the step from which a recipe is traced: killed on either side of it, and begun again before it.
+    "vae-traced": _smoke(
+        "vae",
+        *_TINY,
+        "fit.steps=150",
+        "fit.log_every=5",
+        moments=[Moment("pvae.inference.engine:record"), Moment("pvae.inference.trainer:Trainer.step", 120)],
+    ),
     "vae-patience": _smoke(
         "vae", *_TINY, "fit.epochs=30", "fit.batch_size=400", "fit.lr=0.1", "fit.patience=2"
     ),
@@ -282,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the loop and write what happened; return 0 if every run was as the uninterrupted one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=SMOKE, default=list(SMOKE))
-    parser.add_argument("--kills", type=int, default=140, help="kills in all, shared by the recipes")
+    parser.add_argument("--kills", type=int, default=160, help="kills in all, shared by the recipes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=15.0, help="begin no run after so long")
     parser.add_argument("--out", type=Path, help="JSON file")

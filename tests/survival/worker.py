@@ -57,7 +57,7 @@ class Ended(NamedTuple):
         code: Its exit code, or minus the signal that killed it.
         stdout: What it printed.
         stderr: What it said.
-        counts: How often it called the functions that were counted, by name.
+        counts: How often it called the functions that were counted, by name; nothing if a signal ended it.
     """
 
     code: int
@@ -130,8 +130,9 @@ class Worker:
         """Wait for the child that was begun last."""
         code = int(self._answer())
         out, err = ((self._folder / name).read_text() for name in ("stdout", "stderr"))
-        counts = self._folder / "counts.json"
-        return Ended(code, out, err, json.loads(counts.read_text()) if counts.exists() else {})
+        # A signal may have come while they were written.
+        counts = {} if code < 0 else json.loads((self._folder / "counts.json").read_text())
+        return Ended(code, out, err, counts)
 
     def run(self, *arguments: object, **options: Any) -> Ended:
         """Run a command to its end."""
@@ -174,9 +175,10 @@ def _child(arguments: list[str], moment: Any, counted: list[str], prepare: str |
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        counts = dict.fromkeys(counted, 0)
+        Path("counts.json").write_text(json.dumps(counts))
         if prepare is not None:
             _found(prepare)[2]()
-        counts = dict.fromkeys(counted, 0)
         for name in counted:
             _patch(name, functools.partial(_counting, counts, name))
         if moment is not None:
